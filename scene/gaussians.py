@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Gaussians that this rank owns: parameters, Adam moments, densification statistics and identities.
+
+Every per-Gaussian attribute is one `AttributeSpec`; the table, the ply files and the optimizer read that list and know
+nothing else about an attribute. The table knows nothing about rendering, schedules or ranks.
+
+Letters: N rows of this rank, K spherical-harmonics bases, (degree + 1)^2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scene.row_edit import RowEdit, TableEdit, ValueEdit
+
+MAX_SH_DEGREE = 3
+INITIAL_MASK_LOGIT = 9.0  # keep probability 0.99988, the margin of MaskGaussian's two logits [10, 1]
+STATISTICS = ("grad_norm_sum", "view_count")
+
+
+@dataclass(frozen=True)
+class AttributeSpec:
+    """One per-Gaussian attribute.
+
+    shape: of one row. ply_columns: names of the row's numbers in C order; empty: not written to ply files.
+    learning_rate: the flag that holds it; learning_rate_factor: what the flag's value is multiplied with.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    ply_columns: tuple[str, ...]
+    learning_rate: str
+    learning_rate_factor: float = 1.0
+
+
+def attributes_for(sh_degree: int) -> tuple[AttributeSpec, ...]:
+    """The attributes of Gaussians with spherical harmonics up to `sh_degree` (0 to 3).
+
+    means (3,) world units; sh0 (3,) and shN (K-1, 3) spherical-harmonics coefficients; opacities () logits;
+    mask_logits () logits of the keep probability; scales (3,) log world units; quats (4,) wxyz, any length but 0.
+    Raises: ValueError for another degree.
+    """
+    if not 0 <= sh_degree <= MAX_SH_DEGREE:
+        raise ValueError(f"the SH degree must be 0, 1, 2 or 3, got {sh_degree}")
+    num_higher = (sh_degree + 1) ** 2 - 1
+    # The files hold all red coefficients first, then green, then blue; the table holds (basis, channel).
+    f_rest = tuple(f"f_rest_{channel * num_higher + basis}" for basis in range(num_higher) for channel in range(3))
+    return (
+        AttributeSpec("means", (3,), ("x", "y", "z"), "position_lr_init"),
+        AttributeSpec("sh0", (3,), ("f_dc_0", "f_dc_1", "f_dc_2"), "feature_lr"),
+        AttributeSpec("shN", (num_higher, 3), f_rest, "feature_lr", 1 / 20),
+        AttributeSpec("opacities", (), ("opacity",), "opacity_lr"),
+        # The paper's two logits move in opposite directions under Adam: one logit at twice the rate is the same.
+        AttributeSpec("mask_logits", (), (), "mask_lr", 2.0),
+        AttributeSpec("scales", (3,), ("scale_0", "scale_1", "scale_2"), "scaling_lr"),
+        AttributeSpec("quats", (4,), ("rot_0", "rot_1", "rot_2", "rot_3"), "rotation_lr"),
+    )
+
+
+ATTRIBUTES = attributes_for(MAX_SH_DEGREE)
+
+
+@dataclass(eq=False)
+class GaussianTable:
+    """This rank's rows of every attribute, and what the optimizer and the density control remember of them.
+
+    params, exp_avg, exp_avg_sq: attribute name -> (N, *shape), contiguous, of one dtype and device.
+    statistics: "grad_norm_sum" (sum over views of the norm of the NDC position gradient) and "view_count", each (N,).
+    ids: (N,) int64 >= 0, unique over all ranks. num_updates: Adam updates completed so far, common to all attributes;
+    edits leave it alone, and the training step adds 1 after it has updated every attribute.
+    """
+
+    params: dict[str, Tensor]
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+    statistics: dict[str, Tensor]
+    ids: Tensor
+    num_updates: int = 0
+
+    @classmethod
+    def from_arrays(
+        cls,
+        arrays: Mapping[str, np.ndarray | Tensor],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        ids: Tensor | None = None,
+    ) -> GaussianTable:
+        """A table with these raw parameters (copied), zero moments and zero statistics.
+
+        Args: arrays: attribute name -> (N, *shape); without "mask_logits" every logit is 9.0.
+        ids: (N,) int64; by default 0 .. N-1.
+        Raises: ValueError when an attribute is missing, unknown or of another shape.
+        """
+        specs = attributes_for(_sh_degree_of(arrays))
+        unknown = sorted(set(arrays) - {spec.name for spec in specs})
+        if unknown:
+            raise ValueError(f"unknown attributes {unknown}; known are {[spec.name for spec in specs]}")
+        num_rows = len(arrays["means"]) if "means" in arrays else 0
+        params = {spec.name: _parameter(spec, arrays, num_rows, dtype, torch.device(device)) for spec in specs}
+        if ids is None:
+            ids = torch.arange(num_rows, dtype=torch.int64)
+        if ids.shape != (num_rows,) or ids.dtype != torch.int64:
+            raise ValueError(f"ids must be int64 of shape ({num_rows},), got {ids.dtype} of shape {tuple(ids.shape)}")
+        return cls(
+            params=params,
+            exp_avg={name: torch.zeros_like(values) for name, values in params.items()},
+            exp_avg_sq={name: torch.zeros_like(values) for name, values in params.items()},
+            statistics={name: torch.zeros_like(params["opacities"]) for name in STATISTICS},
+            ids=ids.to(device).clone(),
+        )
+
+    def __len__(self) -> int:
+        """The number of rows, N."""
+        return len(self.ids)
+
+    @property
+    def sh_degree(self) -> int:
+        """The highest degree of spherical harmonics that the rows have room for."""
+        return math.isqrt(self.params["shN"].shape[1] + 1) - 1
+
+    @property
+    def attributes(self) -> tuple[AttributeSpec, ...]:
+        """The attributes of this table."""
+        return attributes_for(self.sh_degree)
+
+    def apply(self, edit: TableEdit) -> None:
+        """Carry out an edit by replacing tensors: the old ones are never written to.
+
+        Raises: ValueError, before anything is changed, for an edit that does not fit the table.
+        """
+        if isinstance(edit, ValueEdit):
+            self._apply_values(edit)
+        else:
+            self._apply_rows(edit)
+
+    def _apply_values(self, edit: ValueEdit) -> None:
+        """Replace one attribute and zero its moments."""
+        current = self.params.get(edit.name)
+        if current is None or current.shape != edit.values.shape:
+            found = None if current is None else tuple(current.shape)
+            raise ValueError(f"new values {tuple(edit.values.shape)} for {edit.name!r} do not fit the table's {found}")
+        self.params[edit.name] = edit.values.to(current).contiguous().clone()
+        self.exp_avg[edit.name] = torch.zeros_like(current)
+        self.exp_avg_sq[edit.name] = torch.zeros_like(current)
+
+    def _apply_rows(self, edit: RowEdit) -> None:
+        """Build every tensor of the new set of rows, then swap them in together."""
+        if len(edit) and not 0 <= int(edit.source.min()) <= int(edit.source.max()) < len(self):  # host sync
+            raise ValueError(f"the edit copies rows {int(edit.source.min())}..{int(edit.source.max())} of {len(self)}")
+        unknown = sorted(set(edit.overrides) - set(self.params))
+        if unknown:
+            raise ValueError(f"the edit overrides unknown attributes {unknown}")
+        params = {name: edit.preview(name, values) for name, values in self.params.items()}
+        exp_avg = {name: _moved(values, edit) for name, values in self.exp_avg.items()}
+        exp_avg_sq = {name: _moved(values, edit) for name, values in self.exp_avg_sq.items()}
+        move = _zeros if edit.resets_statistics else _moved
+        statistics = {name: move(values, edit) for name, values in self.statistics.items()}
+        self.params, self.exp_avg, self.exp_avg_sq, self.statistics = params, exp_avg, exp_avg_sq, statistics
+        self.ids = edit.ids.clone()
+
+
+def _sh_degree_of(arrays: Mapping[str, np.ndarray | Tensor]) -> int:
+    """The degree that the shape of shN, (N, K-1, 3), means."""
+    if "shN" not in arrays or len(arrays["shN"].shape) != 3:
+        found = tuple(arrays["shN"].shape) if "shN" in arrays else "nothing"
+        raise ValueError(f"attribute 'shN' must have shape (N, K-1, 3), got {found}")
+    num_bases = arrays["shN"].shape[1] + 1
+    degree = math.isqrt(num_bases) - 1
+    if (degree + 1) ** 2 != num_bases or degree > MAX_SH_DEGREE:
+        raise ValueError(f"'shN' has {num_bases - 1} bases; SH degrees 0 to 3 have 0, 3, 8 or 15")
+    return degree
+
+
+def _parameter(
+    spec: AttributeSpec,
+    arrays: Mapping[str, np.ndarray | Tensor],
+    num_rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """A contiguous copy of one attribute, checked."""
+    shape = (num_rows, *spec.shape)
+    if spec.name not in arrays and spec.name == "mask_logits":
+        return torch.full(shape, INITIAL_MASK_LOGIT, dtype=dtype, device=device)
+    if spec.name not in arrays:
+        raise ValueError(f"attribute {spec.name!r} is missing; got {sorted(arrays)}")
+    values = torch.as_tensor(arrays[spec.name])
+    if tuple(values.shape) != shape:
+        raise ValueError(f"attribute {spec.name!r} must have shape {shape}, got {tuple(values.shape)}")
+    return torch.empty(shape, dtype=dtype, device=device).copy_(values)
+
+
+def _moved(values: Tensor, edit: RowEdit) -> Tensor:
+    """Copied rows, with zeros where rows are new."""
+    result = values[edit.source]
+    result[edit.is_new] = 0
+    return result
+
+
+def _zeros(values: Tensor, edit: RowEdit) -> Tensor:
+    """Zeros for every row after the edit."""
+    return values.new_zeros((len(edit), *values.shape[1:]))
