@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads one image file into RGB bytes, or refuses it with a reason. Knows neither cameras nor caches.
+
+Pixels are taken as they are stored: an EXIF orientation is ignored, as COLMAP ignores it.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from scene.errors import InputError
+
+# Formats that photos come in; leaves out those of Pillow's readers that start other programs.
+_FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "BMP", "WEBP", "PPM")
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+# Adam7 passes: first column, first row, column step, row step.
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+_INFLATE_BYTES = 1 << 20
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Returns (width, height) in pixels from the file's header, without decoding pixels.
+
+    Raises:
+        InputError: the file is missing or no image.
+    """
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            return image.size
+    except _DAMAGE as error:
+        raise InputError(f"{path}: {_reason(error)}") from error
+
+
+def read_photo(path: Path, size: tuple[int, int], background: tuple[float, float, float]) -> np.ndarray:
+    """Returns the image as (height, width, 3) uint8 at `size` = (width, height) pixels.
+
+    Alpha is composited on `background` (RGB in 0..1), then the image is resized with Pillow's bicubic filter, as in
+    3DGS. Grey, palette, CMYK and 16-bit grey images (of which the upper 8 bits count) are converted.
+
+    Raises:
+        InputError: the file is missing, truncated, damaged, or of a kind that has no 8-bit RGB form.
+    """
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if image.format == "PNG":
+                _check_png_pixels(data)
+            rgb = _to_rgb(image, background)
+            return np.array(rgb if rgb.size == size else rgb.resize(size))
+    except _DAMAGE as error:
+        raise InputError(f"{path}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "the file does not exist"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"no image of a supported kind ({', '.join(_FORMATS)})"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _to_rgb(image: Image.Image, background: tuple[float, float, float]) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise InputError(f"its pixels are 32-bit numbers (mode {image.mode}), convert it to 8 bits a channel")
+    if image.has_transparency_data:
+        return _composite(image.convert("RGBA"), background)
+    return image.convert("RGB")
+
+
+def _composite(image: Image.Image, background: tuple[float, float, float]) -> Image.Image:
+    pixels = np.asarray(image, np.float32)
+    alpha = pixels[..., 3:] / np.float32(255)
+    behind = np.array(background, np.float32) * np.float32(255)
+    mixed = pixels[..., :3] * alpha + behind * (1 - alpha)
+    return Image.fromarray(np.rint(mixed).clip(0, 255).astype(np.uint8))
+
+
+def _check_png_pixels(data: bytes) -> None:
+    """Raises InputError when a PNG holds fewer pixel bytes than its header says: Pillow would fill up with black."""
+    expected = _png_bytes(data)
+    inflater, found = zlib.decompressobj(), 0
+    for chunk in _png_chunks(data, b"IDAT"):
+        found += len(inflater.decompress(chunk, _INFLATE_BYTES))
+        while inflater.unconsumed_tail and found < expected:
+            found += len(inflater.decompress(inflater.unconsumed_tail, _INFLATE_BYTES))
+    found += len(inflater.flush())
+    if found < expected:
+        raise InputError(f"the image is truncated: {found} of {expected} bytes of pixels are there")
+
+
+def _png_bytes(data: bytes) -> int:
+    """Returns how many bytes the pixels of a PNG inflate to, filter bytes included."""
+    width, height, depth, color, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    bits = depth * _PNG_CHANNELS.get(color, 1)
+    passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
+    total = 0
+    for column, row, column_step, row_step in passes:
+        columns = max(0, -(-(width - column) // column_step))
+        rows = max(0, -(-(height - row) // row_step))
+        total += rows * (1 + -(-columns * bits // 8)) if columns else 0
+    return total
+
+
+def _png_chunks(data: bytes, kind: bytes) -> list[bytes]:
+    chunks, offset = [], len(_PNG_SIGNATURE)
+    while offset + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, offset)
+        if name == kind:
+            chunks.append(data[offset + 8 : offset + 8 + length])
+        offset += 12 + length
+    return chunks
