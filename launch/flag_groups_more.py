@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags of other pruning methods, checkpoints, several processes, timers, debugging and viewers.
+
+Nearly all of them come from a predecessor and either wait for their feature (refused by name when they would change the
+result) or have no effect in this program (accepted, said once). `launch/flag_groups.py` has the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from launch.flag import flag
+
+LATER_LP = "the importance scores and masks of LP-3DGS are not built in yet; leave the flag out"
+LATER_CHECKPOINT = "checkpoints are not built in yet: a run cannot be interrupted and resumed; leave the flag out"
+LATER_FINETUNE = "pruning and finetuning a trained model is not built in yet; train from photos with -s instead"
+ONE_PROCESS = "it concerns several processes, and this version trains in one"
+NEVER_READ = "LP-3DGS accepts it, too, and never reads it"
+NO_GPU_MEMORY = "this version draws on the CPU; host memory is in metrics.jsonl"
+NO_SOCKET = "there is no viewer socket in the training loop; open the saved ply in any 3DGS viewer"
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneFlags:
+    """Other pruning methods: LP-3DGS, Compact-3DGS, percentages, pruning of trained models."""
+
+    use_importance_mask: bool = flag(False, source="LP-3DGS", refused=LATER_LP)
+    """Learned mask on the importance score (rad_splat, mini_splatting)."""
+    prune_iterations: tuple[int, ...] = flag((19_500,), source="LP-3DGS", unit="images", refused=LATER_LP)
+    """Start of LP-3DGS's mask window."""
+    train_mask_iters: int = flag(500, source="LP-3DGS", unit="images", refused=LATER_LP)
+    """Length of LP-3DGS's mask window."""
+    gumbel_temp: float = flag(0.5, source="LP-3DGS", refused=LATER_LP)
+    """Temperature of LP-3DGS's Gumbel sigmoid."""
+    prune_use_percent_iterations: tuple[int, ...] = flag((20_000,), source="LP-3DGS", unit="images", refused=LATER_LP)
+    """Iterations of percent pruning."""
+    prune_percent: float = flag(0.6, source="LP-3DGS", refused=LATER_LP)
+    """Share that percent pruning removes."""
+    random_prune_ratio: float = flag(0.1, source="LP-3DGS", inert=NEVER_READ)
+    """Unused in LP-3DGS."""
+    simplification_iteration1: int = flag(15_000, source="LP-3DGS", inert=NEVER_READ)
+    """Unused in LP-3DGS."""
+    simplification_iteration2: int = flag(20_000, source="LP-3DGS", inert=NEVER_READ)
+    """Unused in LP-3DGS."""
+    preserving_ratio: float = flag(0.1, source="LP-3DGS", inert=NEVER_READ)
+    """Unused in LP-3DGS."""
+    rad_prune_threshold: float = flag(0.01, source="LP-3DGS", inert=NEVER_READ)
+    """Unused in LP-3DGS."""
+    rad_prune_iterations: tuple[int, ...] = flag((19_500,), source="LP-3DGS", inert=NEVER_READ)
+    """Unused in LP-3DGS."""
+    prune_finetune: bool = flag(False, refused=LATER_FINETUNE)
+    """Prunes and finetunes a trained model, as MaskGaussian's prune_finetune.py does."""
+    start_pointcloud: str = flag("", source="MaskGaussian", refused=LATER_FINETUNE)
+    """Trained ply to start from."""
+    densify_iteration: tuple[int, ...] = flag(
+        (-1,), source="MaskGaussian", inert="MaskGaussian accepts it, too, and never reads it"
+    )
+    """Unused in MaskGaussian's prune_finetune.py."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointFlags:
+    """Checkpoints: interrupting and resuming a training."""
+
+    checkpoint_iterations: tuple[int, ...] = flag((), source="3DGS", unit="images", refused=LATER_CHECKPOINT)
+    """Iterations after which a checkpoint is written."""
+    start_checkpoint: str = flag("", source="3DGS", refused=LATER_CHECKPOINT)
+    """Checkpoint to resume from: a file in 3DGS, MaskGaussian and LP-3DGS, a folder in Grendel-GS."""
+    auto_start_checkpoint: bool = flag(False, source="Grendel", refused=LATER_CHECKPOINT)
+    """Resumes from the newest checkpoint of the model folder."""
+    drop_duplicate_gaussians_coeff: float = flag(1.0, source="Grendel", refused=LATER_CHECKPOINT)
+    """Keeps a prefix of (< 1) or duplicates (> 1) the Gaussians of a loaded checkpoint, for scaling experiments."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributionConfig:
+    """Several processes: how Gaussians, pixels and images are spread."""
+
+    image_distribution: bool = flag(True, source="Grendel", inert=ONE_PROCESS)
+    """Spreads the pixels over processes."""
+    image_distribution_mode: str = flag(
+        "final", source="Grendel", refused="only the mode 'final' was ever connected to Grendel-GS's training, too"
+    )
+    """Grendel-GS's numbered experiments with pixel partitions."""
+    heuristic_decay: float = flag(0.0, source="Grendel", inert=ONE_PROCESS)
+    """Weight of the old load estimate."""
+    no_heuristics_update: bool = flag(False, source="Grendel", inert=ONE_PROCESS)
+    """Keeps the first partition of the pixels."""
+    border_divpos_coeff: float = flag(1.0, source="Grendel", inert=ONE_PROCESS)
+    """Tile rows within which a cut snaps to an image border."""
+    adjust_strategy_warmp_iterations: int = flag(-1, source="Grendel", unit="images", inert=ONE_PROCESS)
+    """Images before the partition adapts (the spelling is Grendel-GS's)."""
+    save_strategy_history: bool = flag(
+        False, source="Grendel", refused="the load balancer's history comes with training on several processes"
+    )
+    """Writes the partitions and their costs."""
+    gaussians_distribution: bool = flag(True, source="Grendel", inert=ONE_PROCESS)
+    """Spreads the Gaussians over processes."""
+    redistribute_gaussians_mode: str = flag("random_redistribute", source="Grendel", inert=ONE_PROCESS)
+    """How Gaussians are spread again: random_redistribute or no_redistribute."""
+    redistribute_gaussians_frequency: int = flag(10, source="Grendel", inert=ONE_PROCESS)
+    """Densification events between checks of the balance."""
+    redistribute_gaussians_threshold: float = flag(1.1, source="Grendel", inert=ONE_PROCESS)
+    """Ratio of the largest to the smallest count that is tolerated."""
+    sync_grad_mode: str = flag("dense", source="Grendel", inert="it belongs to dead code of Grendel-GS")
+    """Gradient exchange of replicated Gaussians."""
+    grad_normalization_mode: str = flag("none", source="Grendel", inert="it belongs to dead code of Grendel-GS")
+    """Gradient weights of replicated Gaussians."""
+    distributed_dataset_storage: bool = flag(True, source="Grendel", inert=ONE_PROCESS)
+    """Keeps images once per machine."""
+    distributed_save: bool = flag(
+        True, source="Grendel", inert="the model is always saved as one merged ply, which every viewer opens"
+    )
+    """One ply per process."""
+    local_sampling: bool = flag(False, source="Grendel", inert=ONE_PROCESS)
+    """Every process draws its own images."""
+    preload_dataset_to_gpu: bool = flag(
+        False, source="Grendel", inert="this version draws on the CPU; images are decoded once within --image_cache_gb"
+    )
+    """All images in GPU memory."""
+    preload_dataset_to_gpu_threshold: float = flag(
+        10.0,
+        source="Grendel",
+        unit="GB",
+        inert="this version draws on the CPU; images are decoded once within --image_cache_gb",
+    )
+    """Size of the data set up to which it is preloaded."""
+    multiprocesses_image_loading: bool = flag(
+        True, source="Grendel", inert="images are decoded by --threads background threads"
+    )
+    """Two processes that decode images."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkConfig:
+    """Time and memory measurements of Grendel-GS."""
+
+    enable_timer: bool = flag(
+        False, source="Grendel", inert="the time of every phase is always measured and written to metrics.jsonl"
+    )
+    """Times of the phases of a step."""
+    end2end_time: bool = flag(True, source="Grendel", inert="total time and images/s are always measured")
+    """Total time."""
+    zhx_time: bool = flag(False, source="Grendel", inert="there are no CUDA kernels to time")
+    """Times of the CUDA kernels."""
+    check_gpu_memory: bool = flag(False, source="Grendel", inert=NO_GPU_MEMORY)
+    """Logs GPU memory."""
+    check_cpu_memory: bool = flag(False, source="Grendel", inert="host memory is always written to metrics.jsonl")
+    """Logs host memory."""
+    log_memory_summary: bool = flag(False, source="Grendel", inert=NO_GPU_MEMORY)
+    """Logs the CUDA allocator's summary."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DebugConfig:
+    """Debugging."""
+
+    stop_update_param: bool = flag(False, source="Grendel")
+    """Computes every step and changes nothing: no Adam update."""
+    drop_initial_3dgs_p: float = flag(0.0, source="Grendel", minimum=0.0, maximum=1.0)
+    """Probability with which each initial point is left out."""
+    debug_from: int = flag(-1, source="3DGS", inert="there is no CUDA rasterizer call whose inputs could be dumped")
+    """Iteration from which 3DGS's --debug is on."""
+    detect_anomaly: bool = flag(
+        False, source="3DGS", inert="the training step has no autograd graph; non-finite values always stop the run"
+    )
+    """torch's anomaly mode."""
+    zhx_debug: bool = flag(False, source="Grendel", inert="it prints statistics of Grendel-GS's kernels")
+    """Statistics per tile."""
+    time_image_loading: bool = flag(
+        False, source="Grendel", inert="the time spent waiting for images is always in metrics.jsonl"
+    )
+    """Times of image loading."""
+    nsys_profile: bool = flag(False, source="Grendel", inert="there are no CUDA kernels to mark")
+    """NVTX ranges."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewerConfig:
+    """Viewer socket of 3DGS."""
+
+    ip: str = flag("127.0.0.1", source="3DGS", inert=NO_SOCKET)
+    """Address of the viewer socket."""
+    port: int = flag(6009, source="3DGS", inert=NO_SOCKET)
+    """Port of the viewer socket."""
+    disable_viewer: bool = flag(False, source="3DGS", inert=NO_SOCKET)
+    """No viewer socket."""
