@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The progress bar of a training: one line on stderr of rank 0.
+
+14%|###      | 4200/30000 [01:10<07:02, 61.1 image/s] loss 0.0412 · test 29.31 dB · 81,204 Gaussians, 31% to go · 1.4 GB
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+import psutil
+from tqdm import tqdm
+
+REFRESH_SECONDS = 0.5
+BAR_FORMAT = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}] {postfix}"
+
+
+class TrainingProgress:
+    """A bar that counts images and shows loss, last PSNR, Gaussians, memory and the time left. A context manager."""
+
+    def __init__(self, total: int, *, initial: int = 0, enabled: bool = True) -> None:
+        """Opens the bar.
+
+        Args:
+            total: images of the whole training.
+            initial: images done before (a resumed run).
+            enabled: False shows nothing (other ranks, --quiet).
+        """
+        self._enabled, self._shown = enabled, 0.0
+        self._psnr = ""
+        self._process = psutil.Process()
+        self._bar = tqdm(
+            total=total,
+            initial=initial,
+            unit=" image",
+            disable=not enabled,
+            dynamic_ncols=True,
+            bar_format=BAR_FORMAT,
+            mininterval=REFRESH_SECONDS,
+            file=sys.stderr,
+        )
+
+    def is_due(self) -> bool:
+        """True when `update` would refresh the text; spares the caller the cost of reading the loss from a device."""
+        return self._enabled and time.monotonic() - self._shown >= REFRESH_SECONDS
+
+    def advance(self, images: int) -> None:
+        """Counts images that are done; the text stays."""
+        self._bar.update(images)
+
+    def update(self, *, loss: float, num_gaussians: int, expected_gaussians: float) -> None:
+        """Shows new numbers, at most twice a second.
+
+        Args:
+            loss: of the last step (or a mean over some).
+            num_gaussians: Gaussians alive.
+            expected_gaussians: sum of their keep probabilities; the rest is expected to be pruned.
+        """
+        if not self.is_due():
+            return
+        self._shown = time.monotonic()
+        gone = max(0.0, num_gaussians - expected_gaussians)
+        parts = [f"loss {loss:.4f}", self._psnr, f"{num_gaussians:,} Gaussians"]
+        parts.append(f"{gone:,.0f} to prune ({gone / max(1, num_gaussians):.0%})" if gone >= 0.5 else "")
+        parts.append(memory_text(self._process.memory_info().rss, gpu_memory_bytes()))
+        self._bar.set_postfix_str(" · ".join(filter(None, parts)), refresh=False)
+
+    def show_psnr(self, psnr: float, split: str = "test") -> None:
+        """Keeps the PSNR (dB) of the last evaluation in the bar."""
+        self._psnr = f"{split} {psnr:.2f} dB"
+
+    def message(self, text: str) -> None:
+        """Prints a line above the bar, on stdout."""
+        if self._enabled:
+            self._bar.clear()
+        print(text, flush=True)
+        if self._enabled:
+            self._bar.refresh()
+
+    def close(self) -> None:
+        """Leaves the last state on the screen."""
+        self._bar.close()
+
+    def __enter__(self) -> TrainingProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def memory_text(host_bytes: int, gpu_bytes: int) -> str:
+    """Resident host memory and, when there is any, GPU memory in GB."""
+    return f"{host_bytes / 1e9:.1f} GB" + (f" + {gpu_bytes / 1e9:.1f} GB GPU" if gpu_bytes else "")
+
+
+def gpu_memory_bytes() -> int:
+    """Bytes that torch has reserved on the current CUDA device; 0 when CUDA is not in use."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return int(torch.cuda.memory_reserved())
