@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shlex
 from pathlib import Path
 
@@ -58,9 +59,10 @@ def _reconstruction_advice(source: Path, photos: Path) -> str:
     )
     call = (
         "import pathlib, pycolmap as p; "
-        f"w, i = pathlib.Path({str(source)!r}), {str(photos)!r}; d = w / 'database.db'; "
-        "o = p.ImageReaderOptions(); o.camera_model = 'PINHOLE'; p.extract_features(d, i, reader_options=o); "
-        "p.match_exhaustive(d); (w / 'sparse').mkdir(exist_ok=True); p.incremental_mapping(d, i, w / 'sparse')"
+        f"w, i = pathlib.Path({json.dumps(str(source))}), {json.dumps(str(photos))}; "
+        'd = w / "database.db"; o = p.ImageReaderOptions(); o.camera_model = "PINHOLE"; '
+        "p.extract_features(d, i, reader_options=o); p.match_exhaustive(d); "
+        's = w / "sparse"; s.mkdir(exist_ok=True); p.incremental_mapping(d, i, s)'
     )
     images = "" if photos.name == "images" else " Then train with --images . (the photos are not in a folder images/)."
     return (

@@ -6,6 +6,7 @@ A `place` is text such as "cameras.bin, byte 40" or "images.txt, line 7", and op
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex
@@ -90,7 +91,8 @@ def undistort_advice(sparse: Path) -> str:
         f"colmap image_undistorter --image_path {shlex.quote(str(images))} --input_path {shlex.quote(str(sparse))} "
         f"--output_path {shlex.quote(str(output))}"
     )
-    call = f"import pycolmap; pycolmap.undistort_images({str(output)!r}, {str(sparse)!r}, {str(images)!r})"
+    folders = ", ".join(json.dumps(str(folder)) for folder in (output, sparse, images))
+    call = f"import pycolmap; pycolmap.undistort_images({folders})"
     return (
         f"Undistort the photos with `{colmap}`, or without COLMAP itself by `pip install pycolmap` and "
         f"`python -c {shlex.quote(call)}`, then train on {output}."
