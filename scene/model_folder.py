@@ -20,10 +20,12 @@ import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from scene.cameras import Camera
 from scene.errors import InputError
+
+if TYPE_CHECKING:  # the command line and the doctor work without numpy
+    from scene.cameras import Camera
 
 CONFIG_SCHEMA = "mask-grendel/config"
 CONFIG_VERSION = 1
