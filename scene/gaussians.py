@@ -151,18 +151,22 @@ class GaussianTable:
         self.exp_avg_sq[edit.name] = torch.zeros_like(current)
 
     def _apply_rows(self, edit: RowEdit) -> None:
-        """Build every tensor of the new set of rows, then swap them in together."""
+        """Check the edit, then replace tensor after tensor: a second copy of the whole table never exists."""
         if len(edit) and not 0 <= int(edit.source.min()) <= int(edit.source.max()) < len(self):  # host sync
             raise ValueError(f"the edit copies rows {int(edit.source.min())}..{int(edit.source.max())} of {len(self)}")
-        unknown = sorted(set(edit.overrides) - set(self.params))
-        if unknown:
-            raise ValueError(f"the edit overrides unknown attributes {unknown}")
-        params = {name: edit.preview(name, values) for name, values in self.params.items()}
-        exp_avg = {name: _moved(values, edit) for name, values in self.exp_avg.items()}
-        exp_avg_sq = {name: _moved(values, edit) for name, values in self.exp_avg_sq.items()}
+        for name, override in edit.overrides.items():
+            if name not in self.params:
+                raise ValueError(f"the edit overrides the unknown attribute {name!r}")
+            expected = (len(override.rows), *self.params[name].shape[1:])
+            if tuple(override.values.shape) != expected:
+                raise ValueError(f"the edit's {name!r} must have shape {expected}, got {tuple(override.values.shape)}")
         move = _zeros if edit.resets_statistics else _moved
-        statistics = {name: move(values, edit) for name, values in self.statistics.items()}
-        self.params, self.exp_avg, self.exp_avg_sq, self.statistics = params, exp_avg, exp_avg_sq, statistics
+        for name in self.params:
+            self.params[name] = edit.preview(name, self.params[name])
+            self.exp_avg[name] = _moved(self.exp_avg[name], edit)
+            self.exp_avg_sq[name] = _moved(self.exp_avg_sq[name], edit)
+        for name in self.statistics:
+            self.statistics[name] = move(self.statistics[name], edit)
         self.ids = edit.ids.clone()
 
 
@@ -199,7 +203,7 @@ def _parameter(
 
 def _moved(values: Tensor, edit: RowEdit) -> Tensor:
     """Copied rows, with zeros where rows are new."""
-    result = values[edit.source]
+    result = values.index_select(0, edit.source)
     result[edit.is_new] = 0
     return result
 

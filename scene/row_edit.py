@@ -114,7 +114,7 @@ class RowEdit:
 
     def preview(self, name: str, values: Tensor) -> Tensor:
         """The attribute `name` after the edit, (M, *shape), from its `values` before it, (N, *shape)."""
-        result = values[self.source]
+        result = values.index_select(0, self.source)
         if name in self.overrides:
             override = self.overrides[name]
             result[override.rows] = override.values.to(result.dtype)

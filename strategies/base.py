@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every strategy offers to the training step, and how a decision sees all ranks.
+
+A strategy gets tensors of the Gaussian table; it knows nothing about rendering. Edits are values (`scene.row_edit`):
+the training step applies each to the table before it asks for the next, so a later edit sees the earlier one's result.
+
+Letters: N rows of this rank.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from scene.gaussians import GaussianTable
+from scene.row_edit import TableEdit
+from strategies.optimizer_scaling import OptimizerScaling
+from strategies.schedule import Window
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """What a strategy puts between the table and the renderer for one step.
+
+    mask: (N,) in {0, 1}, what the renderer multiplies each alpha with; None: every Gaussian is drawn.
+    keep_gradient: (N,) derivative of the mask by its logit, for the strategy's own backward.
+    """
+
+    mask: Tensor | None
+    keep_gradient: Tensor | None
+
+
+class RankReducer(Protocol):
+    """Reductions over all ranks; every rank calls them in the same order."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The element-wise sum over ranks."""
+
+    def max(self, values: Tensor) -> Tensor:
+        """The element-wise maximum over ranks."""
+
+
+class OneRank:
+    """The reductions of a world of one."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The values themselves."""
+        return values
+
+    def max(self, values: Tensor) -> Tensor:
+        """The values themselves."""
+        return values
+
+
+class Strategy(Protocol):
+    """Something that changes the set of Gaussians while they are trained."""
+
+    def sample(self, table: GaussianTable, window: Window, seed: int) -> Gate | None:
+        """The gate of this step, or None when everything is drawn as it is."""
+
+    def after_backward(
+        self, table: GaussianTable, window: Window, gate: Gate | None, d_mask: Tensor | None, hyper: OptimizerScaling
+    ) -> dict[str, float]:
+        """Update what the strategy itself learns; return numbers for the log.
+
+        Call it while `table.num_updates` still counts the finished updates, that is before it is increased.
+        d_mask: (N,) gradient of the step's loss (views weighted by `hyper.view_weight`) by the gate's mask.
+        """
+
+    def after_step(self, table: GaussianTable, window: Window, seed: int) -> Iterator[TableEdit]:
+        """The edits that are due after the optimizer's update; apply each before asking for the next."""
+
+    def keep(self, table: GaussianTable) -> Tensor:
+        """(N,) bool, the rows that exist for evaluation and in saved models. Deterministic."""
+
+
+class CombinedStrategy:
+    """Several strategies as one, in their order; at most one of them gates."""
+
+    def __init__(self, strategies: Sequence[Strategy]) -> None:
+        self.strategies = tuple(strategies)
+
+    def sample(self, table: GaussianTable, window: Window, seed: int) -> Gate | None:
+        """The gate of the strategy that has one. Raises: RuntimeError when several have one."""
+        gates = [gate for strategy in self.strategies if (gate := strategy.sample(table, window, seed)) is not None]
+        if len(gates) > 1:
+            raise RuntimeError("two strategies gate the same Gaussians; exactly one pruning method can be active")
+        return gates[0] if gates else None
+
+    def after_backward(
+        self, table: GaussianTable, window: Window, gate: Gate | None, d_mask: Tensor | None, hyper: OptimizerScaling
+    ) -> dict[str, float]:
+        """Every strategy's own update; the numbers of all."""
+        numbers: dict[str, float] = {}
+        for strategy in self.strategies:
+            numbers.update(strategy.after_backward(table, window, gate, d_mask, hyper))
+        return numbers
+
+    def after_step(self, table: GaussianTable, window: Window, seed: int) -> Iterator[TableEdit]:
+        """The edits of the first strategy, then those of the next, which sees the edited table."""
+        for strategy in self.strategies:
+            yield from strategy.after_step(table, window, seed)
+
+    def keep(self, table: GaussianTable) -> Tensor:
+        """(N,) bool, the rows that every strategy keeps."""
+        kept = torch.ones_like(table.ids, dtype=torch.bool)
+        for strategy in self.strategies:
+            kept &= strategy.keep(table)
+        return kept
+
+
+def spare_best(remove: Tensor, score: Tensor, ids: Tensor, ranks: RankReducer) -> Tensor:
+    """`remove`, (N,) bool, but for the row of the highest score when it would empty the table of all ranks.
+
+    Of several rows with that score, the one with the lowest id stays. Warns when it spares a row.
+    """
+    counts = ranks.sum(torch.tensor([int(remove.sum()), len(remove)]))  # host sync, all ranks
+    if int(counts[0]) < int(counts[1]) or int(counts[1]) == 0:
+        return remove
+    score = torch.nan_to_num(score.double(), nan=-torch.inf)
+    lowest = torch.full((1,), -torch.inf, dtype=torch.float64, device=score.device)
+    best = ranks.max(torch.cat([score, lowest]).max())  # all ranks
+    no_id = torch.full((1,), torch.iinfo(torch.int64).min, device=ids.device)
+    best_id = -ranks.max(torch.cat([-ids[score == best], no_id]).max())  # all ranks
+    warnings.warn(
+        f"pruning would remove all {int(counts[1])} Gaussians; the best one (id {int(best_id)}) is kept. "
+        "Lower --lambda_mask or --min_opacity, or check the training images.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return remove & (ids != best_id)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The probabilistic masks of MaskGaussian: sampled in every step, learned, and pruned when they vanish.
+
+Every Gaussian has a keep probability p = sigmoid(logit). A training step draws each Gaussian with probability p; the
+sample's gradient reaches the logit straight through (`masksplat.masks`). The loss lambda * (mean of all samples)^2
+pushes towards fewer Gaussians, the images push back for those that matter. What is evaluated and saved has p >= 1/2.
+
+Letters: N rows of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from masksplat.masks import mask_sample, mask_update
+from masksplat.random import MASK_PRUNE, uniform
+from masksplat.types import AdamStep
+from scene.gaussians import GaussianTable
+from scene.row_edit import EditReport, RowEdit, TableEdit
+from strategies.base import Gate, OneRank, RankReducer, spare_best
+from strategies.optimizer_scaling import OptimizerScaling
+from strategies.schedule import Schedule, Window
+
+NUM_PRUNE_DRAWS = 10
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """The flags of the masks; iterations count images and both ends of the window are inclusive.
+
+    lambda_mask: weight of the squared mean, active in [mask_from_iter, mask_until_iter]. mask_lr: learning rate of each
+    of the paper's two logits (ours gets twice that). mask_prune_iter: period of the prunes after densification.
+    """
+
+    lambda_mask: float = 5e-4
+    mask_from_iter: int = 0
+    mask_until_iter: int = 30_000
+    mask_lr: float = 0.01
+    mask_prune_iter: int = 1000
+
+
+MASK_SETTINGS: Mapping[str, MaskConfig] = MappingProxyType(
+    {
+        "alpha": MaskConfig(lambda_mask=0.1, mask_from_iter=19_000, mask_until_iter=20_000),
+        "beta": MaskConfig(lambda_mask=5e-4, mask_from_iter=0, mask_until_iter=30_000),
+        "gamma": MaskConfig(lambda_mask=1e-3, mask_from_iter=0, mask_until_iter=30_000),
+    }
+)
+"""The paper's settings: alpha for quality, beta the default, gamma for the smallest model."""
+
+
+class MaskPruning:
+    """Samples, learns and prunes by masks.
+
+    Args: iterations: the last image of the run; densify_until_iter: from there on this strategy prunes by itself
+    (before, density control calls `prune_test` in its events); ranks: reductions over all ranks.
+    """
+
+    def __init__(
+        self, config: MaskConfig, *, iterations: int, densify_until_iter: int, ranks: RankReducer | None = None
+    ) -> None:
+        self.config = config
+        self._ranks = ranks if ranks is not None else OneRank()
+        self._loss_window = Schedule(config.mask_from_iter, config.mask_until_iter, 1)
+        first_prune = max(densify_until_iter, config.mask_from_iter)
+        self._prunes = Schedule(first_prune, iterations, config.mask_prune_iter)
+
+    def sample(self, table: GaussianTable, window: Window, seed: int) -> Gate:
+        """A hard sample from noise keyed by (seed, the window's first iteration, id)."""
+        drawn = mask_sample(table.params["mask_logits"], table.ids, seed, window.first)
+        return Gate(mask=drawn.mask, keep_gradient=drawn.keep_gradient)
+
+    def after_backward(
+        self, table: GaussianTable, window: Window, gate: Gate | None, d_mask: Tensor | None, hyper: OptimizerScaling
+    ) -> dict[str, float]:
+        """One Adam update of the logits, with the images' gradient and that of lambda * mean(m)^2.
+
+        Returns: mask_loss, the weighted squared mean; mask_mean, the fraction of all Gaussians that was drawn.
+        """
+        if gate is None or gate.mask is None or gate.keep_gradient is None:
+            raise ValueError("the masks are updated with the gate that the step was drawn with; got none")
+        num_drawn, num_all = self._totals(gate.mask)
+        mean = num_drawn / max(num_all, 1)
+        weight = self.config.lambda_mask * hyper.step_weight if self._loss_window.is_active(window) else 0.0
+        mask_update(
+            table.params["mask_logits"],
+            table.exp_avg["mask_logits"],
+            table.exp_avg_sq["mask_logits"],
+            d_mask=d_mask if d_mask is not None else torch.zeros_like(gate.mask),
+            keep_gradient=gate.keep_gradient,
+            d_all=weight * 2 * mean / max(num_all, 1),
+            adam=self._adam_step(table, hyper),
+        )
+        return {"mask_loss": weight * mean**2, "mask_mean": mean}
+
+    def after_step(self, table: GaussianTable, window: Window, seed: int) -> Iterator[TableEdit]:
+        """The prune that is due after densification has ended, if any; kept rows keep everything."""
+        event = self._prunes.event(window)
+        if event is None:
+            return
+        logits = table.params["mask_logits"]
+        remove = spare_best(self.prune_test(logits, table.ids, event, seed), logits, table.ids, self._ranks)
+        edit = RowEdit.identity(table.ids).keep(~remove)
+        report = EditReport(iteration=event, pruned_mask=len(table) - len(edit), num_gaussians=len(edit))
+        yield edit.with_report(report, resets_statistics=False)
+
+    def prune_test(self, logits: Tensor, ids: Tensor, event: int, seed: int) -> Tensor:
+        """(N,) bool, True where ten draws of the mask would all be 0: with probability (1 - p)^10, from one number."""
+        log_vanished = NUM_PRUNE_DRAWS * torch.nn.functional.logsigmoid(-logits.double())
+        return uniform(seed, event, ids, MASK_PRUNE, torch.float64) < log_vanished.exp()
+
+    def keep(self, table: GaussianTable) -> Tensor:
+        """(N,) bool, the rows with p >= 1/2; never none of all."""
+        logits = table.params["mask_logits"]
+        return ~spare_best(logits < 0, logits, table.ids, self._ranks)
+
+    def expected_count(self, table: GaussianTable) -> float:
+        """The expected number of drawn Gaussians of all ranks, the sum of p."""
+        return float(self._ranks.sum(torch.sigmoid(table.params["mask_logits"].double()).sum()))
+
+    def _totals(self, mask: Tensor) -> tuple[int, int]:
+        """How many Gaussians of all ranks were drawn, and how many there are; whole numbers, so the order is free."""
+        totals = self._ranks.sum(torch.tensor([int(torch.count_nonzero(mask)), len(mask)]))  # host sync, all ranks
+        return int(totals[0]), int(totals[1])
+
+    def _adam_step(self, table: GaussianTable, hyper: OptimizerScaling) -> AdamStep:
+        """This step's numbers of Adam; the attribute's factor 2 turns the paper's two logits into one."""
+        spec = next(spec for spec in table.attributes if spec.name == "mask_logits")
+        rate = self.config.mask_lr * spec.learning_rate_factor * hyper.lr_factor
+        return AdamStep(rate, *hyper.betas, hyper.eps, table.num_updates + 1)

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The probabilistic mask of MaskGaussian: one keep logit per Gaussian, sampled hard, learned straight through.
+
+The keep probability is p = sigmoid(logit). With u uniform in (0, 1), the two-class Gumbel softmax at temperature 1 is
+soft = sigmoid(logit + log(u / (1 - u))), and its hard sample is 1 where soft > 1/2, which has probability p.
+Both functions have a numba body for CPU tensors and a torch body for any device; they know nothing about rendering.
+
+Letters: N Gaussians.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from masksplat.cpu.mask import sample_kernel, update_kernel
+from masksplat.random import MASK_SAMPLE, uniform, words
+from masksplat.types import AdamStep
+
+# Below these logits the derivative is 0 to the dtype's precision; exp(-logit) times 2^24 must not overflow.
+_LOWEST_LOGIT = {torch.float32: -60.0, torch.float64: -600.0}
+
+
+class MaskSample(NamedTuple):
+    """mask: (N,) exactly 0 or 1; keep_gradient: (N,) soft * (1 - soft), the straight-through derivative by logits."""
+
+    mask: Tensor
+    keep_gradient: Tensor
+
+
+def mask_sample(logits: Tensor, ids: Tensor, seed: int, step: int) -> MaskSample:
+    """A hard sample of the masks for one training step, and what its backward needs.
+
+    Args: logits: (N,) float32 or float64; ids: (N,) int64 keys of the noise; seed: 64 bits; step: 32 bits.
+    The same (seed, step, id, logit) gives the same sample, whatever the rows' order.
+    Raises: ValueError for other dtypes or shapes, or a number out of its range.
+    """
+    if logits.dtype not in _LOWEST_LOGIT or logits.shape != ids.shape:
+        raise ValueError(f"mask logits must be float32 or float64 of shape {tuple(ids.shape)}, got {logits.dtype}")
+    if logits.device.type != "cpu":
+        return mask_sample_torch(logits, ids, seed, step)
+    words(seed, step, ids[:0], MASK_SAMPLE)  # refuses what is out of range
+    source = logits.detach().contiguous()
+    sample = MaskSample(torch.empty_like(source), torch.empty_like(source))
+    sample_kernel(
+        source.numpy(),
+        ids.contiguous().numpy().view(np.uint64),
+        np.uint64(step),
+        np.uint64(MASK_SAMPLE),
+        np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint64),
+        np.array([0.5, 1.0, 2.0**23, _LOWEST_LOGIT[logits.dtype]], source.numpy().dtype),
+        sample.mask.numpy(),
+        sample.keep_gradient.numpy(),
+    )
+    return sample
+
+
+def mask_sample_torch(logits: Tensor, ids: Tensor, seed: int, step: int) -> MaskSample:
+    """`mask_sample` in torch operations, for any device and as the oracle of the kernel."""
+    drawn = uniform(seed, step, ids, MASK_SAMPLE, logits.dtype)
+    against = torch.exp(-logits.detach().clamp(min=_LOWEST_LOGIT[logits.dtype])) * ((1 - drawn) / drawn)
+    return MaskSample((against < 1).to(logits.dtype), against / (1 + against) ** 2)
+
+
+def mask_update(
+    logits: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    d_mask: Tensor,
+    keep_gradient: Tensor,
+    d_all: float,
+    adam: AdamStep,
+) -> None:
+    """One Adam update (torch.optim.Adam without weight decay) of the logits and their moments, in place.
+
+    Args: logits, exp_avg, exp_avg_sq: (N,) contiguous; d_mask: (N,) gradient of the loss by the hard sample;
+    keep_gradient: (N,) of the same sample; d_all: a gradient that every sample gets on top (the regulariser's).
+    """
+    if logits.device.type != "cpu":
+        mask_update_torch(
+            logits, exp_avg, exp_avg_sq, d_mask=d_mask, keep_gradient=keep_gradient, d_all=d_all, adam=adam
+        )
+        return
+    dtype = logits.numpy().dtype
+    step_size, correction = _bias_corrected(adam)
+    numbers = [adam.beta1, 1 - adam.beta1, adam.beta2, 1 - adam.beta2, step_size, correction, adam.eps]
+    update_kernel(
+        logits.numpy(),
+        d_mask.to(logits).contiguous().numpy(),
+        keep_gradient.contiguous().numpy(),
+        exp_avg.numpy(),
+        exp_avg_sq.numpy(),
+        dtype.type(d_all),
+        np.array(numbers, dtype),
+    )
+
+
+def mask_update_torch(
+    logits: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    d_mask: Tensor,
+    keep_gradient: Tensor,
+    d_all: float,
+    adam: AdamStep,
+) -> None:
+    """`mask_update` in torch operations, for any device and as the oracle of the kernel."""
+    gradient = (d_mask + d_all) * keep_gradient
+    exp_avg.mul_(adam.beta1).add_(gradient, alpha=1 - adam.beta1)
+    exp_avg_sq.mul_(adam.beta2).addcmul_(gradient, gradient, value=1 - adam.beta2)
+    step_size, correction = _bias_corrected(adam)
+    logits.addcdiv_(exp_avg, exp_avg_sq.sqrt().mul_(correction).add_(adam.eps), value=-step_size)
+
+
+def _bias_corrected(adam: AdamStep) -> tuple[float, float]:
+    """Step size lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t)."""
+    return (
+        adam.learning_rate / (1 - adam.beta1**adam.update),
+        1 / math.sqrt(1 - adam.beta2**adam.update),
+    )
