@@ -28,7 +28,7 @@ STATISTICS = ("grad_norm_sum", "view_count")
 class AttributeSpec:
     """One per-Gaussian attribute.
 
-    shape: of one row. ply_columns: names of the row's numbers in C order; empty: not written to ply files.
+    shape: of one row. ply_columns: names of the row's numbers in C order; fewer than numbers: not written to ply files.
     learning_rate: the flag that holds it; learning_rate_factor: what the flag's value is multiplied with.
     """
 
@@ -37,6 +37,11 @@ class AttributeSpec:
     ply_columns: tuple[str, ...]
     learning_rate: str
     learning_rate_factor: float = 1.0
+
+    @property
+    def is_in_ply(self) -> bool:
+        """Whether ply files hold the attribute; one without numbers (shN at degree 0) counts as held."""
+        return len(self.ply_columns) == math.prod(self.shape)
 
 
 def attributes_for(sh_degree: int) -> tuple[AttributeSpec, ...]:

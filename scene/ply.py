@@ -56,7 +56,7 @@ def save_ply(path: Path, params: Mapping[str, Tensor], *, keep: Tensor | None = 
     specs = attributes_for(math.isqrt(params["shN"].shape[1] + 1) - 1)
     columns = model_columns(math.isqrt(params["shN"].shape[1] + 1) - 1)
     rows = np.arange(len(params["means"])) if keep is None else keep.cpu().numpy().nonzero()[0]
-    arrays = {spec.name: params[spec.name].detach().cpu().numpy() for spec in specs if spec.ply_columns}
+    arrays = {spec.name: params[spec.name].detach().cpu().numpy() for spec in specs if spec.is_in_ply}
     for name, values in arrays.items():
         _require_finite(path, name, values, rows)
 
@@ -86,7 +86,7 @@ def load_ply(path: Path) -> dict[str, np.ndarray]:
             f"{path} has no column {', '.join(missing[:5])}, so it is no 3D Gaussian Splatting model "
             "(a point cloud, or a compressed format?). Give a point_cloud.ply as 3DGS writes it."
         )
-    arrays = {spec.name: _read_attribute(vertices, spec) for spec in specs if spec.ply_columns}
+    arrays = {spec.name: _read_attribute(vertices, spec) for spec in specs if spec.is_in_ply}
     for name, values in arrays.items():
         _require_finite(path, name, values, np.arange(len(values)))
     return arrays
@@ -274,7 +274,7 @@ def _model_block(
     place = {column: index for index, column in enumerate(columns)}
     block = np.zeros((len(rows), len(columns)), "<f4")
     for spec in specs:
-        if spec.ply_columns:
+        if spec.is_in_ply:
             places = [place[column] for column in spec.ply_columns]
             block[:, places] = arrays[spec.name][rows].reshape(len(rows), -1)
     return block
