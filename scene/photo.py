@@ -17,7 +17,7 @@ from PIL import Image
 from scene.errors import InputError
 
 # Formats that photos come in; leaves out those of Pillow's readers that start other programs.
-_FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "BMP", "WEBP", "PPM")
+_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "PPM")
 _DAMAGE = (
     OSError,
     SyntaxError,
