@@ -99,7 +99,7 @@ def _stacking_toy() -> list[Thing]:
     for radius, code in ((0.46, "c8372d"), (0.37, "e9892b"), (0.28, "f2c230"), (0.19, "3f9b57")):
         things.append(Thing(Cylinder((-0.95, 0.72, bottom), radius, 0.2), plain(code), gloss=0.2))
         bottom += 0.2
-    things.append(Thing(Sphere((-0.95, 0.72, bottom + 0.16), 0.17), plain("2b62a8"), gloss=0.3))
+    things.append(Thing(Sphere((-0.95, 0.72, bottom + 0.17), 0.17), plain("2b62a8"), gloss=0.3))
     return things
 
 
