@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import textwrap
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 
@@ -61,7 +64,8 @@ def spec_of(field: dataclasses.Field[Any]) -> FlagSpec:
     return spec
 
 
-def field_docs(group: type) -> dict[str, str]:
+@functools.cache
+def field_docs(group: type) -> Mapping[str, str]:
     """The docstrings written under the fields of a dataclass, whitespace folded, by field name.
 
     They are read from the source text, so `group` must be defined in a file.
@@ -76,4 +80,4 @@ def field_docs(group: type) -> dict[str, str]:
             continue
         if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
             docs[statement.target.id] = " ".join(str(following.value.value).split())
-    return docs
+    return MappingProxyType(docs)

@@ -1,0 +1,495 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command lines: the frozen flags, the predecessors' defaults, their published commands, refusals and --help."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.cli import metrics_flags, parse_metrics, parse_render, parse_train, render_flags, train_flags
+from launch.config import cfg_args_values, to_plain
+from launch.parser import Flag
+from scene.errors import InputError
+from scene.model_folder import ModelFolder
+
+# A flag that disappears or is renamed breaks somebody's script: change these lists only with a line in docs/parity.md.
+TRAIN_FLAGS = """
+adjust_strategy_warmp_iterations antialiasing auto_start_checkpoint backend border_divpos_coeff bsz
+check_cpu_memory check_gpu_memory checkpoint_iterations compute_cov3D_python convert_SHs_python data_device
+debug debug_from densification_interval densify_from_iter densify_grad_threshold densify_iteration
+densify_memory_limit_percentage densify_until_iter depth_l1_weight_final depth_l1_weight_init depths
+detect_anomaly disable_auto_densification disable_viewer distributed_dataset_storage distributed_save doctor
+drop_duplicate_gaussians_coeff drop_initial_3dgs_p enable_timer end2end_time eval exposure_lr_delay_mult
+exposure_lr_delay_steps exposure_lr_final exposure_lr_init feature_lr gaussians_distribution
+grad_normalization_mode gumbel_temp heuristic_decay image_cache_gb image_distribution image_distribution_mode
+images ip iterations lambda_dssim lambda_mask llffhold local_sampling log_folder log_interval log_memory_summary
+lr_scale_loss lr_scale_mode lr_scale_pos_and_scale mask_from_iter mask_lr mask_prune_iter mask_until_iter
+min_opacity model_path multiprocesses_image_loading no_heuristics_update nsys_profile num_test_cameras
+num_train_cameras opacity_lr opacity_reset_interval opacity_reset_until_iter optimizer_type percent_dense port
+position_lr_delay_mult position_lr_final position_lr_init position_lr_max_steps preload_dataset_to_gpu
+preload_dataset_to_gpu_threshold preserving_ratio prune_finetune prune_iterations prune_method prune_percent
+prune_use_percent_iterations quiet rad_prune_iterations rad_prune_threshold random_background random_prune_ratio
+redistribute_gaussians_frequency redistribute_gaussians_mode redistribute_gaussians_threshold
+render_and_evaluate report resolution rotation_lr save_iterations save_strategy_history scaling_lr seed setting
+sh_degree simplification_iteration1 simplification_iteration2 source_path start_checkpoint start_pointcloud
+stop_update_param sync_grad_mode test_iterations threads time_image_loading train_mask_iters train_test_exp
+use_importance_mask wandb_run_name white_background zhx_debug zhx_time
+"""
+RENDER_FLAGS = """
+adjust_strategy_warmp_iterations alpha antialiasing auto_start_checkpoint backend border_divpos_coeff bsz
+check_cpu_memory check_gpu_memory checkpoint_iterations compute_cov3D_python convert_SHs_python data_device
+debug debug_from depth depths detect_anomaly disable_viewer distributed_dataset_storage distributed_load
+distributed_save drop_duplicate_gaussians_coeff drop_initial_3dgs_p enable_timer end2end_time eval
+gaussians_distribution generate_num grad_normalization_mode heuristic_decay image_cache_gb image_distribution
+image_distribution_mode images ip iteration l llffhold local_sampling log_folder log_interval log_memory_summary
+model_path multiprocesses_image_loading no_heuristics_update nsys_profile num_test_cameras num_train_cameras
+port preload_dataset_to_gpu preload_dataset_to_gpu_threshold quiet r redistribute_gaussians_frequency
+redistribute_gaussians_mode redistribute_gaussians_threshold resolution sample_freq save_iterations
+save_strategy_history sh_degree skip_test skip_train source_path start_checkpoint stop_update_param
+sync_grad_mode test_iterations threads time_image_loading train_test_exp wandb_run_name white_background
+zhx_debug zhx_time
+"""
+METRICS_FLAGS = "lpips mode model_paths quiet threads"
+SHORT_SPELLINGS = {"s": "source_path", "m": "model_path", "i": "images", "r": "resolution", "w": "white_background"}
+
+# What the predecessors' code has (spec 2.2, 3.2, 5.2); every deviation of ours is in DELIBERATE, and in docs/parity.md.
+PREDECESSOR_DEFAULTS = {
+    "sh_degree": 3, "images": "images", "resolution": -1, "white_background": False, "data_device": "cuda",
+    "eval": False, "convert_SHs_python": False, "compute_cov3D_python": False, "debug": False,
+    "iterations": 30_000, "position_lr_init": 1.6e-4, "position_lr_final": 1.6e-6, "position_lr_delay_mult": 0.01,
+    "position_lr_max_steps": 30_000, "feature_lr": 0.0025, "opacity_lr": 0.05, "scaling_lr": 0.005,
+    "rotation_lr": 0.001, "mask_lr": 0.01, "percent_dense": 0.01, "lambda_dssim": 0.2, "lambda_mask": 0.0005,
+    "densification_interval": 100, "opacity_reset_interval": 3000, "densify_from_iter": 500,
+    "densify_until_iter": 15_000, "densify_grad_threshold": 0.0002, "mask_prune_iter": 1000, "mask_from_iter": 0,
+    "mask_until_iter": 30_000, "random_background": False, "ip": "127.0.0.1", "port": 6009, "debug_from": -1,
+    "detect_anomaly": False, "quiet": False, "checkpoint_iterations": [], "start_checkpoint": "",
+    "auto_start_checkpoint": False, "log_folder": "/tmp/gaussian_splatting", "log_interval": 250, "llffhold": 8,
+    "lr_scale_loss": 1.0, "lr_scale_pos_and_scale": 1.0, "opacity_reset_until_iter": -1,
+    "densify_memory_limit_percentage": 0.9, "disable_auto_densification": False, "min_opacity": 0.005,
+    "lr_scale_mode": "sqrt", "image_distribution": True, "image_distribution_mode": "final", "heuristic_decay": 0.0,
+    "no_heuristics_update": False, "border_divpos_coeff": 1.0, "adjust_strategy_warmp_iterations": -1,
+    "save_strategy_history": False, "gaussians_distribution": True,
+    "redistribute_gaussians_mode": "random_redistribute", "redistribute_gaussians_frequency": 10,
+    "redistribute_gaussians_threshold": 1.1, "sync_grad_mode": "dense", "grad_normalization_mode": "none", "bsz": 1,
+    "distributed_dataset_storage": True, "distributed_save": True, "local_sampling": False,
+    "preload_dataset_to_gpu": False, "preload_dataset_to_gpu_threshold": 10.0, "multiprocesses_image_loading": True,
+    "num_train_cameras": -1, "num_test_cameras": -1, "enable_timer": False, "end2end_time": True, "zhx_time": False,
+    "check_gpu_memory": False, "check_cpu_memory": False, "log_memory_summary": False, "zhx_debug": False,
+    "stop_update_param": False, "time_image_loading": False, "nsys_profile": False, "drop_initial_3dgs_p": 0.0,
+    "drop_duplicate_gaussians_coeff": 1.0, "use_importance_mask": False, "prune_iterations": [19_500],
+    "train_mask_iters": 500, "gumbel_temp": 0.5, "prune_use_percent_iterations": [20_000], "prune_percent": 0.6,
+    "random_prune_ratio": 0.1, "simplification_iteration1": 15_000, "simplification_iteration2": 20_000,
+    "preserving_ratio": 0.1, "rad_prune_threshold": 0.01, "rad_prune_iterations": [19_500],
+    "densify_iteration": [-1], "start_pointcloud": "", "wandb_run_name": "",
+}  # fmt: skip
+DELIBERATE = {"backend": "diff", "prune_method": "mask", "test_iterations": [7000, 30_000]}
+
+
+def train(command: str, **environment: str) -> dict[str, object]:
+    """The flat values of a train.py command line."""
+    return {name: value for group in plain(command, **environment).values() for name, value in group.items()}
+
+
+def plain(command: str, **environment: str) -> dict[str, dict[str, object]]:
+    config = to_plain(parse_train(shlex.split(command), environment))
+    return {name: group for name, group in config.items() if name != "given"}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model folder as a predecessor leaves it: nothing but cfg_args."""
+    text = (
+        "Namespace(sh_degree=2, source_path='/data/garden', model_path='/elsewhere', images='images_4', resolution=-1, "
+        "white_background=True, data_device='cuda', eval=True, prune_method='mini_splatting')"
+    )
+    (tmp_path / "cfg_args").write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("flags", "frozen"),
+    [(train_flags(), TRAIN_FLAGS), (render_flags(), RENDER_FLAGS), (metrics_flags(), METRICS_FLAGS)],
+    ids=["train", "render", "metrics"],
+)
+def test_flags_are_frozen(flags: tuple[Flag, ...], frozen: str) -> None:
+    names = [each.name for each in flags]
+    assert sorted(names) == frozen.split()
+    assert all(
+        each.doc and each.spec.source in {"3DGS", "Grendel", "MaskGaussian", "LP-3DGS", "ours"} for each in flags
+    )
+
+
+def test_short_spellings() -> None:
+    assert {each.spec.short[1:]: each.name for each in train_flags() if each.spec.short} == {
+        **SHORT_SPELLINGS,
+        "d": "depths",
+    }
+    values = train("-s data -m out -i images_2 -r 4 -w")
+    assert values["source_path"] == str(Path.cwd() / "data")
+    assert (values["model_path"], values["images"], values["resolution"], values["white_background"]) == (
+        "out",
+        "images_2",
+        4,
+        True,
+    )
+
+
+def test_defaults_are_the_predecessors() -> None:
+    values = train("-s data -m out")
+    known = {**PREDECESSOR_DEFAULTS, **DELIBERATE}
+    assert {name: values[name] for name in known} == known
+    ours = {each.name for each in train_flags() if each.spec.source == "ours"}
+    newest_3dgs = {
+        name for name in values if re.match(r"exposure_|depth|train_test_exp|optimizer_type|disable_v|anti", name)
+    }
+    rest = set(values) - set(known) - ours - newest_3dgs
+    assert rest == {"source_path", "model_path", "save_iterations"}
+
+
+# Commands as they stand in the READMEs and scripts (spec 2.1, 3.1, 3.12, 5.1); <...> and variables filled in.
+TRAIN_COMMANDS = [
+    ("train.py -s data/garden", {"eval": False, "bsz": 1}),
+    ("train.py -s data/garden --eval", {"eval": True, "llffhold": 8, "prune_method": "mask"}),
+    ("train.py -s data/garden -m output/garden --eval", {"model_path": "output/garden"}),
+    (
+        "torchrun --standalone --nnodes=1 --nproc-per-node=4 train.py --bsz 4 -s data/garden --eval",
+        {"bsz": 4, "lr_scale_mode": "sqrt", "eval": True},
+    ),
+    (
+        "torchrun --standalone --nnodes=1 --nproc-per-node=4 train.py -s d/bicycle --images images_4 --llffhold 8 "
+        "--iterations 30000 --log_interval 250 --model_path e/4g_4b/e_bicycle --bsz 4 --enable_timer --end2end_time "
+        "--check_gpu_memory --check_cpu_memory --test_iterations 7000 15000 30000 --save_iterations 7000 30000 --eval",
+        {"images": "images_4", "test_iterations": [7000, 15_000, 30_000], "save_iterations": [7000, 30_000], "bsz": 4},
+    ),
+    (
+        "python train.py -s d/room --images images_2 --llffhold 8 --iterations 30000 --log_interval 250 --model_path "
+        "e/1g_1b/e_room --bsz 1 --enable_timer --end2end_time --check_gpu_memory --check_cpu_memory "
+        "--test_iterations 7000 15000 30000 --save_iterations 7000 30000 --eval",
+        {"images": "images_2", "model_path": "e/1g_1b/e_room"},
+    ),
+    (
+        "torchrun --standalone --nnodes=1 --nproc-per-node=4 train.py -s d/garden --images images --llffhold 8 "
+        "--iterations 50000 --log_interval 250 --model_path e/4g_1b_4k/e_garden --bsz 1 --enable_timer --end2end_time "
+        "--check_gpu_memory --check_cpu_memory --test_iterations 7000 15000 30000 50000 --save_iterations 7000 30000 "
+        "50000 --preload_dataset_to_gpu_threshold 0 --eval --densify_grad_threshold 0.0001 --percent_dense 0.002",
+        {"iterations": 50_000, "save_iterations": [7000, 30_000, 50_000], "preload_dataset_to_gpu_threshold": 0.0},
+    ),
+    (
+        "torchrun --standalone --nnodes=1 --nproc-per-node=4 train.py -s d/truck --images images --llffhold 8 "
+        "--iterations 30000 --log_interval 250 --model_path e/4g_8b/e_truck --bsz 8 --enable_timer --end2end_time "
+        "--check_gpu_memory --check_cpu_memory --test_iterations 7000 15000 30000 --save_iterations 7000 30000 --eval",
+        {"bsz": 8},
+    ),
+    (
+        "train.py -s data/gs_datasets/room -m output/room_0.1_19000_20000_cuda --eval --lambda_mask 0.1 "
+        "--mask_from_iter 19000 --mask_until_iter 20000 --data_device cuda",
+        {"lambda_mask": 0.1, "mask_from_iter": 19_000, "mask_until_iter": 20_000},
+    ),
+    ("train.py -s data -m out --lambda_mask .001 --mask_lr .01 --mask_prune_iter 1000", {"lambda_mask": 0.001}),
+    ("train.py -s data -m out --iteration 35000 --position_lr_max_steps 35000", {"iterations": 35_000}),
+    (
+        "train.py -s 360/bicycle -i images_4 -m ./eval/bicycle --quiet --eval --test_iterations -1",
+        {"quiet": True, "test_iterations": [], "images": "images_4"},
+    ),
+    ("train.py -s tandt/truck -m ./eval/truck --quiet --eval --test_iterations -1", {"test_iterations": []}),
+    ("train.py -s data -m out --eval --prune_method 3dgs", {"prune_method": "3dgs"}),
+    ("train.py -s data -m out --backend default", {"backend": "default"}),
+    ("train.py -s data -m out --backend diff", {"backend": "diff"}),
+    ("train.py -s data -r 1 --ip 0.0.0.0 --port 6035 --debug_from 5 --detect_anomaly --quiet", {"resolution": 1}),
+    ("train.py -s data --lr_scale_mode linear --preload_dataset_to_gpu", {"lr_scale_mode": "linear"}),
+    ("train.py -s data --drop_initial_3dgs_p 0.5 --stop_update_param", {"drop_initial_3dgs_p": 0.5}),
+]
+REFUSED_TRAIN_COMMANDS = [
+    (
+        "train.py -s data -m out --eval --prune_method rad_splat --use_importance_mask",
+        "--prune_method rad_splat is refused",
+    ),
+    ("train.py -s data -m out --eval --prune_method mini_splatting", "--prune_method mini_splatting is refused"),
+    ("train.py -s data -m out --prune_method compact_3dgs", "--prune_method compact_3dgs is refused"),
+    ("train.py -s data --prune_method 3dgs --use_importance_mask", "--use_importance_mask on is refused"),
+    ("train.py -s data --prune_percent .8", "--prune_percent 0.8 is refused"),
+    ("train.py -s data --prune_iterations 15000", "--prune_iterations 15000 is refused"),
+    ("train.py -s data --backend gsplat", "--backend gsplat is refused: this version draws on the CPU"),
+    ("train.py -s data --backend cuda", "--backend cuda is refused: this version draws on the CPU"),
+    ("train.py -s data --checkpoint_iterations 7000", "--checkpoint_iterations 7000 is refused: checkpoints"),
+    ("train.py -s data --auto_start_checkpoint", "--auto_start_checkpoint on is refused: checkpoints"),
+    (
+        "train.py -s data/gs_datasets/room -m output/room_0.1 --eval --port 6041 --start_checkpoint X/chkpnt30000.pth "
+        "--iteration 35000 --lambda_mask 0.1 --position_lr_max_steps 35000",
+        "--start_checkpoint X/chkpnt30000.pth is refused: checkpoints",
+    ),
+    ("train.py -s data --start_pointcloud a.ply", "--start_pointcloud a.ply is refused: pruning and finetuning"),
+    ("train.py -s data --prune_finetune", "--prune_finetune on is refused"),
+    ("train.py -s data --drop_duplicate_gaussians_coeff 2", "--drop_duplicate_gaussians_coeff 2.0 is refused"),
+    ("train.py -s data --image_distribution_mode 3", "--image_distribution_mode 3 is refused"),
+    ("train.py -s data --save_strategy_history", "--save_strategy_history on is refused"),
+    ("train.py -s data -d depths", "--depths depths is refused"),
+    ("train.py -s data --train_test_exp", "--train_test_exp on is refused"),
+    ("train.py -s data --optimizer_type sparse_adam", "--optimizer_type sparse_adam is refused"),
+    ("train.py -s d/train --images --llffhold 8", "argument -i/--images: expected one argument"),
+    ("train.py -s 360/garden --prune_method mini-splatting", "invalid choice"),
+]
+
+
+def arguments_of(command: str, script: str) -> str:
+    """What follows the script's name in a command."""
+    return command.partition(script)[2]
+
+
+@pytest.mark.parametrize(("command", "expected"), TRAIN_COMMANDS)
+def test_published_train_commands(command: str, expected: dict[str, object]) -> None:
+    values = train(arguments_of(command, "train.py"))
+    assert {name: values[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(("command", "sentence"), REFUSED_TRAIN_COMMANDS)
+def test_refused_train_commands(command: str, sentence: str) -> None:
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        train(arguments_of(command, "train.py"))
+
+
+def test_refused_flags_accept_their_default() -> None:
+    values = train("-s data --start_checkpoint '' --prune_percent 0.6 --prune_iterations 19500 --checkpoint_iterations")
+    assert values["prune_iterations"] == [19_500]
+    assert values["checkpoint_iterations"] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("render.py -m MODEL --skip_train", {"skip_train": True, "skip_test": False}),
+        ("python render.py -s data/garden --model_path MODEL --skip_train", {"skip_train": True, "eval": True}),
+        ("render.py -s d/garden --model_path MODEL --iteration 7000 --skip_train --llffhold 8", {"iteration": 7000}),
+        (
+            "torchrun --standalone --nnodes=1 --nproc-per-node=4 render.py -s d/garden --images images_4 --model_path "
+            "MODEL --iteration 29993 --llffhold 8 --skip_train --bsz 4",
+            {"iteration": 29_993, "images": "images_4"},
+        ),
+        ("render.py --iteration 7000 -s 360/garden -m MODEL --quiet --eval --skip_train", {"quiet": True}),
+        ("render.py -m MODEL --distributed_load --generate_num 5 --sample_freq 2 --l 3 --r 9", {"l": 3, "r": 9}),
+        (
+            "render.py -m MODEL -r 2 --no_eval --skip-test --depth --alpha",
+            {"resolution": 2, "eval": False, "depth": True},
+        ),
+    ],
+)
+def test_published_render_commands(command: str, expected: dict[str, object], model: Path) -> None:
+    config = to_plain(parse_render(shlex.split(arguments_of(command, "render.py").replace("MODEL", str(model)))))
+    values = {**config["model"], **config["pipeline"], **config["render"]}
+    assert {name: values[name] for name in expected} == expected
+    assert values["model_path"] == str(model), "the folder given wins over the one in cfg_args"
+
+
+@pytest.mark.parametrize(
+    ("command", "paths", "mode"),
+    [
+        ("metrics.py -m A", ["A"], "test"),
+        ("metrics.py -m A B C", ["A", "B", "C"], "test"),
+        ("python metrics.py --model_path A --mode test", ["A"], "test"),
+        ("python metrics.py --mode test --model_paths A", ["A"], "test"),
+        ("metrics.py -m A --mode train", ["A"], "train"),
+        ("metrics.py -m A -m B", ["A", "B"], "test"),
+    ],
+)
+def test_published_metrics_commands(command: str, paths: list[str], mode: str) -> None:
+    metrics = to_plain(parse_metrics(shlex.split(arguments_of(command, "metrics.py"))))["metrics"]
+    assert (metrics["model_paths"], metrics["mode"]) == (paths, mode)
+
+
+def test_every_boolean_is_negatable_in_both_spellings() -> None:
+    booleans = [each for each in train_flags() if each.kind is bool]
+    assert len(booleans) > 30
+    for each in booleans:
+        for spelling in (f"--no_{each.name}", f"--no-{each.name}", f"--no-{each.name.replace('_', '-')}"):
+            assert train(f"-s data {spelling}")[each.name] is False, spelling
+        if not each.spec.refused:
+            assert train(f"-s data --no_{each.name} --{each.name}")[each.name] is True
+
+
+def test_dashes_and_underscores_are_the_same_and_values_stay() -> None:
+    values = train(
+        "-s data --mask-prune-iter=500 --position_lr-init 1e-3 --images=a-b_c -m --x-y".replace("-m --x-y", "")
+    )
+    assert (values["mask_prune_iter"], values["position_lr_init"], values["images"]) == (500, 1e-3, "a-b_c")
+
+
+def test_shortened_flags() -> None:
+    assert train("-s data --iter 40 --white --mask_l .02")["iterations"] == 40
+    with pytest.raises(InputError, match=r"ambiguous option: --densify could match .*--densify_from_iter"):
+        train("-s data --densify 3")
+
+
+def test_later_values_win_as_with_argparse() -> None:
+    assert train("-s data --save_iterations 5 --save_iterations 6 --iterations 9")["save_iterations"] == [6, 9]
+
+
+@pytest.mark.parametrize(
+    ("command", "test", "save"),
+    [
+        ("", [7000, 30_000], [7000, 30_000]),
+        ("--iterations 7000", [7000], [7000]),
+        ("--iterations 500", [500], [500]),
+        ("--iterations 35000", [7000, 30_000, 35_000], [7000, 30_000, 35_000]),
+        ("--iterations 100 --test_iterations 50 --save_iterations 20 10 20 900", [50], [10, 20, 100]),
+        ("--iterations 100 --test_iterations", [], [100]),
+        ("--iterations 100 --save_iterations -1", [100], [100]),
+    ],
+)
+def test_iteration_lists(command: str, test: list[int], save: list[int]) -> None:
+    values = train(f"-s data {command}")
+    assert (values["test_iterations"], values["save_iterations"]) == (test, save)
+
+
+def test_settings_are_the_papers_and_given_flags_win() -> None:
+    found = {name: train(f"-s data --setting {name}") for name in ("alpha", "beta", "gamma")}
+    window = ("lambda_mask", "mask_from_iter", "mask_until_iter")
+    assert {name: tuple(values[key] for key in window) for name, values in found.items()} == {
+        "alpha": (0.1, 19_000, 20_000),
+        "beta": (0.0005, 0, 30_000),
+        "gamma": (0.001, 0, 30_000),
+    }
+    assert train("-s data --lambda_mask .2 --setting alpha")["lambda_mask"] == 0.2
+    with pytest.raises(InputError, match="--setting alpha is a preset of the learned masks"):
+        train("-s data --setting alpha --prune_method 3dgs")
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("-m out", "no data: give the folder of a COLMAP data set with -s"),
+        ("-s ''", "argument -s/--source_path: invalid path value"),
+        ("-s data --iterations 0", "--iterations 0 is impossible: give a number of at least 1"),
+        ("-s data --bsz 0", "--bsz 0 is impossible"),
+        ("-s data --iterations many", "--iterations: invalid whole number value: 'many'"),
+        ("-s data --iterations 1.5", "invalid whole number value: '1.5'"),
+        ("-s data --lambda_mask nan", "--lambda_mask nan is impossible"),
+        ("-s data --lambda_mask -1", "--lambda_mask -1.0 is impossible"),
+        ("-s data --lambda_dssim 2", "give a number from 0 to 1"),
+        ("-s data --sh_degree 4", "--sh_degree 4 is impossible: give a number from 0 to 3"),
+        ("-s data --lambda_maks 1", "Did you mean --lambda_mask?"),
+        ("-s data surplus", "unrecognized arguments: surplus"),
+        ("-s data --mask_from_iter 9 --mask_until_iter 8", "the mask loss would end before it begins"),
+        ("-s data --position_lr_final 0", "the schedule between them is logarithmic"),
+    ],
+)
+def test_mistakes_name_flag_and_fix(command: str, sentence: str) -> None:
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        train(command)
+
+
+def test_numbers_may_be_written_as_people_do() -> None:
+    values = train("-s data --iterations 30_000 --densify_until_iter 1.5e4 --position_lr_init 16e-5")
+    assert (values["iterations"], values["densify_until_iter"], values["position_lr_init"]) == (30_000, 15_000, 16e-5)
+
+
+def test_flags_without_effect_say_so_once() -> None:
+    config = parse_train(shlex.split("-s data --port 6010 --port 6011 --zhx_debug --sync_grad_mode sparse --eval"), {})
+    assert sorted(notice.split()[0] for notice in config.notices) == ["--port", "--sync_grad_mode", "--zhx_debug"]
+    assert all("has no effect: " in notice for notice in config.notices)
+    assert parse_train(["-s", "data"], {}).notices == ()
+    assert parse_train(shlex.split("-s data --prune_method 3dgs --lambda_mask 1"), {}).notices == (
+        "--lambda_mask has no effect: --prune_method 3dgs has no masks.",
+    )
+
+
+def test_default_model_path() -> None:
+    assert train("-s data", OAR_JOB_ID="1234567890123")["model_path"] == "output/1234567890"
+    first, second = (train("-s data")["model_path"] for _ in range(2))
+    assert re.fullmatch(r"output/[0-9a-f]{10}", str(first))
+    assert first != second
+
+
+def test_doctor_needs_no_data() -> None:
+    config = parse_train(["--doctor"], {})
+    assert config.logging.doctor
+    assert "source_path" not in config.given
+
+
+def test_render_reads_what_a_predecessor_stored(model: Path) -> None:
+    config = parse_render(["-m", str(model)])
+    assert config.model.source_path == Path("/data/garden")
+    assert (config.model.images, config.model.eval, config.model.white_background) == ("images_4", True, True)
+    assert config.model.sh_degree == 2
+    assert config.model.llffhold == 8
+
+
+def test_render_prefers_our_configuration(model: Path) -> None:
+    trained = parse_train(shlex.split(f"-s data -m {model} --eval --llffhold 5 --antialiasing --backend reference"), {})
+    folder = ModelFolder(model)
+    folder.write_config(to_plain(trained), ["train.py"])
+    folder.write_cfg_args(cfg_args_values(trained.model))
+    config = parse_render(["-m", str(model)])
+    assert config.model == trained.model
+    assert config.pipeline.antialiasing
+    assert config.pipeline.backend == "diff", "the body that draws is not a property of the model"
+    assert parse_render(["-m", str(model), "--no-antialiasing"]).pipeline.antialiasing is False
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("Namespace(source_path='d', resolution='wide')", "resolution = 'wide', which is not of the expected kind"),
+        ("Namespace(source_path='d', eval=1)", "eval = 1, which is not of the expected kind"),
+        ("Namespace(source_path='d', resolution=True)", "resolution = True, which is not of the expected kind"),
+        ("Namespace(source_path='d', sh_degree=9)", "--sh_degree 9 is impossible"),
+        ("Namespace(source_path='d', train_test_exp=True)", "--train_test_exp on is refused"),
+    ],
+)
+def test_render_checks_what_is_stored(text: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "cfg_args").write_text(text)
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        parse_render(["-m", str(tmp_path)])
+
+
+def test_render_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="render.py has no model"):
+        parse_render([])
+    with pytest.raises(InputError, match="does not exist"):
+        parse_render(["-m", str(tmp_path / "absent")])
+    with pytest.raises(InputError, match="neither config.json nor cfg_args"):
+        parse_render(["-m", str(tmp_path)])
+    assert parse_render(["-m", str(tmp_path), "-s", "data"]).model.source_path == Path.cwd() / "data"
+
+
+def test_metrics_without_a_model() -> None:
+    for command in ([], ["-m"]):
+        with pytest.raises(InputError, match="metrics.py has no model"):
+            parse_metrics(command)
+
+
+@pytest.mark.parametrize(
+    ("parse", "flags"),
+    [(parse_train, train_flags()), (parse_render, render_flags()), (parse_metrics, metrics_flags())],
+    ids=["train", "render", "metrics"],
+)
+def test_help(
+    parse: Callable[[list[str]], object],
+    flags: tuple[Flag, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stopped:
+        parse(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 110
+    body, _, hidden = text.partition("\nAccepted for the predecessors'")
+    entries = {re.split(r"\s{2,}|\n", entry.strip())[0]: entry for entry in re.split(r"\n(?=  -)", body)}
+    for each in flags:
+        found = [entry for head, entry in entries.items() if re.search(rf"(^|[ ,])--{each.name}\b", head)]
+        is_hidden = bool(each.spec.inert or (each.spec.refused and not each.spec.allowed))
+        assert (f"--{each.name}" in hidden.split()) == is_hidden, each.name
+        assert len(found) == (0 if is_hidden else 1), each.name
+        for entry in found:
+            folded = " ".join(entry.split())
+            assert f"{each.spec.source}]" in folded, each.name
+            assert each.doc in folded, each.name
+    for name in ("iterations", "bsz"):
+        for each in flags:
+            if each.name == name and not each.spec.inert:
+                assert f"[{each.default} images; {each.spec.source}]" in " ".join(text.split())
