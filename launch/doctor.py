@@ -172,7 +172,7 @@ def data_findings(config: TrainConfig) -> list[Finding]:
         Finding("ok", "views", f"{len(scene.train)} to train, {len(scene.test)} to test (all files present)"),
         Finding("ok", "sizes", listed + (f" and {len(sizes) - 4} other sizes" if len(sizes) > 4 else "")),
         Finding("ok", "points", f"{len(scene.points.xyz):,}; scene extent {scene.extent:.3g}"),
-        _memory_finding([(camera.width, camera.height) for camera in cameras], config.pipeline.image_cache_gb),
+        memory_finding([(camera.width, camera.height) for camera in cameras], config.pipeline.image_cache_gb),
     ]
     findings += [Finding("note", "size", notice) for notice in notices]
     if not model.eval:
@@ -180,7 +180,7 @@ def data_findings(config: TrainConfig) -> list[Finding]:
     return findings
 
 
-def _memory_finding(sizes: Sequence[tuple[int, int]], cache_gb: float) -> Finding:
+def memory_finding(sizes: Sequence[tuple[int, int]], cache_gb: float) -> Finding:
     """Memory forecast: decoded images up to the cache's limit, and how many Gaussians fit beside them."""
     pixels = 3 * sum(width * height for width, height in sizes)
     images = min(pixels, int(cache_gb * (1 << 30)))

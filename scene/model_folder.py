@@ -246,6 +246,8 @@ def parse_namespace(text: str, path: Path) -> dict[str, Any]:
             raise ValueError("it is not of the form Namespace(name=value, ...)")
         if call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError("it has entries without a name")
+        if len({keyword.arg for keyword in call.keywords}) < len(call.keywords):
+            raise ValueError("it names an entry twice")
         return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise InputError(

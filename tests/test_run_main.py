@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How scripts end and log: exit codes in a real process, train.log, metrics.jsonl, the progress bar, the doctor."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tqdm import tqdm
+
+from launch import doctor, machine
+from launch.cli import parse_train
+from launch.metrics_log import MetricsLog
+from launch.progress import TrainingProgress
+from launch.run import tee_output
+from scene.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+PREAMBLE = "from launch.run import run_main, tee_output\nfrom scene.errors import InputError\n"
+
+
+def run_script(body: str) -> subprocess.CompletedProcess[str]:
+    """Runs a main function with this body through run_main in a process of its own."""
+    lines = "\n".join(f"    {line}" for line in body.splitlines())
+    code = f"{PREAMBLE}def main(arguments):\n{lines}\nrun_main(main)"
+    command = [sys.executable, "-c", code, "first", "second"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_input_error_is_one_paragraph_and_status_2() -> None:
+    done = run_script("raise InputError('cannot read\\n  /data/x.bin: ' + 'long words ' * 30 + 'fix it with -s')")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert "\n\n" not in done.stderr
+    assert max(map(len, done.stderr.splitlines())) <= 100
+    assert done.stderr.startswith("error: cannot read /data/x.bin: long words")
+    assert done.stderr.endswith("fix it with -s\n")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "stdout", "stderr"),
+    [
+        ("print(arguments)", 0, "['first', 'second']\n", ""),
+        ("return 3", 3, "", ""),
+        ("raise KeyboardInterrupt", 130, "", "interrupted"),
+        (
+            "raise OSError(28, 'No space left on device', 'f')",
+            2,
+            "",
+            "f cannot",
+        ),
+    ],
+)
+def test_status(body: str, status: int, stdout: str, stderr: str) -> None:
+    done = run_script(body)
+    assert (done.returncode, done.stdout) == (status, stdout)
+    assert stderr in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_defects_keep_their_traceback() -> None:
+    done = run_script("return 1 / 0")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+
+
+def test_train_log_has_what_the_terminal_shows(tmp_path: Path) -> None:
+    log = tmp_path / "train.log"
+    terminal, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(errors), tee_output(log):
+        print("one\ntwo")
+        print("warning", file=sys.stderr)
+        with tqdm(total=3, file=sys.stderr, mininterval=0, ascii=True) as bar:
+            for _ in range(3):
+                bar.update()
+        print("no end", end="")
+    assert terminal.getvalue() == "one\ntwo\nno end"
+    assert errors.getvalue().count("\r") >= 3
+    lines = log.read_text().splitlines()
+    assert all(re.match(r"\[ *\d+\.\d s\] ", line) for line in lines)
+    texts = [line.split("] ", 1)[1] for line in lines]
+    assert texts[0].startswith("started ")
+    assert texts[1:4] == ["one", "two", "warning"]
+    assert texts[4].startswith("100%|")
+    assert texts[5] == "no end"
+    assert texts[6].startswith("ended after ")
+    assert len(texts) == 7, "a bar leaves one line"
+
+
+def test_train_log_survives_errors_and_appends(tmp_path: Path) -> None:
+    log = tmp_path / "train.log"
+    for append in (False, True):
+        with pytest.raises(InputError, match="bad"), tee_output(log, append=append):
+            raise InputError("bad images")
+    assert log.read_text().count("ended by InputError: bad images after ") == 2
+    with tee_output(log):
+        pass
+    assert "bad images" not in log.read_text()
+
+
+def test_quiet_keeps_stdout_off_the_terminal(tmp_path: Path) -> None:
+    terminal, errors = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(terminal),
+        contextlib.redirect_stderr(errors),
+        tee_output(tmp_path / "l", quiet=True),
+    ):
+        print("hidden")
+        print("seen", file=sys.stderr)
+    assert terminal.getvalue() == ""
+    assert errors.getvalue() == "seen\n"
+    assert "hidden" in (tmp_path / "l").read_text()
+
+
+def test_interrupted_run_is_in_the_log(tmp_path: Path) -> None:
+    done = run_script(
+        f"import pathlib\nwith tee_output(pathlib.Path({str(tmp_path / 'l')!r})):\n    raise KeyboardInterrupt"
+    )
+    assert done.returncode == 130
+    assert "ended by KeyboardInterrupt" in (tmp_path / "l").read_text()
+
+
+def read_lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_metrics_log_takes_numbers_of_every_kind(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        log.write("step", {"loss": np.float32(0.5), "counts": np.arange(3)}, psnr=torch.tensor(2.5), path=Path("a"))
+        assert read_lines(path) == [{"kind": "step", "loss": 0.5, "counts": [0, 1, 2], "psnr": 2.5, "path": "a"}]
+        log.write("end", seconds=float("nan"), nested={"a": (1, True, None)}, bad=torch.tensor([float("inf")]))
+        with pytest.raises(TypeError, match="cannot hold a object"):
+            log.write("step", thing=object())
+    assert read_lines(path)[1] == {"kind": "end", "seconds": None, "nested": {"a": [1, True, None]}, "bad": [None]}
+    assert len(read_lines(path)) == 2, "a refused line leaves nothing behind"
+
+
+def test_metrics_log_starts_anew_or_appends_after_a_cut_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind":"run"}\n{"kind":"st')
+    with MetricsLog(path, append=True) as log:
+        log.write("step")
+    assert path.read_text() == '{"kind":"run"}\n{"kind":"st\n{"kind":"step"}\n'
+    with MetricsLog(path) as log:
+        log.write("run")
+    assert read_lines(path) == [{"kind": "run"}]
+    with MetricsLog(None) as log:
+        log.write("run")
+    with pytest.raises(InputError, match="cannot be written"):
+        MetricsLog(tmp_path)
+
+
+def test_progress_shows_what_users_ask_for() -> None:
+    shown, printed = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(printed), TrainingProgress(100) as progress:
+        progress.show_psnr(29.314)
+        progress.update(loss=0.04123, num_gaussians=81_204, expected_gaussians=56_842.8)
+        assert not progress.is_due(), "refreshed at most twice a second"
+        progress.advance(100)
+        progress.message("[ITER 100] ...")
+    assert printed.getvalue() == "[ITER 100] ...\n"
+    last = [state for state in shown.getvalue().split("\r") if state.strip()][-1]
+    parts = ("100/100", "image/s", "loss 0.0412", "test 29.31 dB", "81,204 Gaussians", "24,361 to prune (30%)", " GB")
+    assert [part for part in parts if part not in last] == [], last
+
+
+def test_progress_is_silent_when_disabled() -> None:
+    shown = io.StringIO()
+    with contextlib.redirect_stderr(shown), TrainingProgress(10, enabled=False) as progress:
+        progress.update(loss=1.0, num_gaussians=1, expected_gaussians=1.0)
+        progress.advance(10)
+        assert not progress.is_due()
+    assert shown.getvalue() == ""
+
+
+def test_container_limits_count(tmp_path: Path) -> None:
+    free_cores, free_memory = machine.available_cores(tmp_path), machine.available_memory(tmp_path)
+    assert free_cores >= 1
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    (tmp_path / "memory.max").write_text("3000\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert machine.available_cores(tmp_path) == 1
+    assert machine.available_memory(tmp_path) == 2000
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.available_cores(tmp_path) == free_cores
+    assert machine.available_memory(tmp_path) == pytest.approx(free_memory, rel=0.5)
+    assert machine.free_disk(tmp_path / "not" / "there") > 0
+
+
+def test_doctor_names_missing_parts_with_their_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = doctor.Part("no_such_module_here", "no-such", "flying", "make wings")
+    monkeypatch.setattr(doctor, "OPTIONAL", (absent,))
+    lines: list[str] = []
+    assert doctor.run_doctor(parse_train(["--doctor"], {}), lines.append) == 0
+    assert any("no-such  missing; would give flying: make wings" in line for line in lines)
+    assert any(line.split()[:2] == ["ok", "torch"] for line in lines)
+    monkeypatch.setattr(doctor, "REQUIRED", (absent,))
+    assert doctor.run_doctor(parse_train(["--doctor"], {}), lines.append) == 2
+    assert lines[-1].startswith("1 fault(s)")
+
+
+def test_doctor_reports_unusable_data(tmp_path: Path) -> None:
+    lines: list[str] = []
+    assert doctor.run_doctor(parse_train(["--doctor", "-s", str(tmp_path)], {}), lines.append) == 2
+    assert any(line.split()[:2] == ["fault", "data"] and "COLMAP" in line for line in lines)
+
+
+def test_memory_forecast_warns_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "available_memory", lambda: 4_000_000_000)
+    sizes = [(4000, 3000)] * 100
+    plenty = doctor.memory_finding(sizes, cache_gb=1.0)
+    assert plenty.status == "ok"
+    assert "all images would need 3.6 GB" in plenty.detail
+    assert doctor.memory_finding(sizes, cache_gb=8.0).status == "ok"
+    assert doctor.memory_finding([(4000, 3000)] * 110, cache_gb=8.0).status == "note"
