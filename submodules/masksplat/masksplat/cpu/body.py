@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cpu body of masksplat: torch tensors in and out, numba kernels in between."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from masksplat.cpu import photometric as loss_kernels
+from masksplat.cpu.adam import adam_rows
+from masksplat.cpu.binning import TileLists, bin_splats
+from masksplat.cpu.geometry import CAMERA_SIZE
+from masksplat.cpu.project import compact_rows, project_rows
+from masksplat.cpu.project_backward import project_backward_rows
+from masksplat.cpu.rasterize import rasterize_tiles
+from masksplat.cpu.rasterize_backward import rasterize_backward_tiles, sum_instances
+from masksplat.cpu.scores import score_tiles, sum_scores
+from masksplat.cpu.threads import ThreadTeam
+from masksplat.cpu.update import update_rows
+from masksplat.types import (
+    NUM_ROW_COLUMNS,
+    AdamStep,
+    Frame,
+    GaussianGradients,
+    Gaussians,
+    Optimizer,
+    PhotometricLoss,
+    ProjectionSettings,
+    Splats,
+    Statistics,
+    Views,
+    empty_like_gradients,
+)
+
+Array = np.ndarray[Any, Any]
+
+TASKS_PER_THREAD = 4
+"""Tasks of uneven cost (tiles, rows with few visible Gaussians) are handed out in pieces this small."""
+
+
+@dataclass
+class _FrameState:
+    """What the backward needs of a forward: the lists, and where each tile's list ended."""
+
+    lists: TileLists
+    region: Array
+    ends: Array
+
+
+class CpuBody:
+    """numba kernels on `num_threads` threads (default: torch's). float32 and float64; see `masksplat.ops.Body`."""
+
+    name = "cpu"
+
+    def __init__(self, num_threads: int | None = None) -> None:
+        self.team = ThreadTeam(num_threads or torch.get_num_threads())
+        self.num_tasks = 1 if self.team.num_threads == 1 else TASKS_PER_THREAD * self.team.num_threads
+
+    def project(
+        self,
+        gaussians: Gaussians,
+        views: Views,
+        settings: ProjectionSettings,
+        *,
+        masks: Tensor | None = None,
+        ids: Tensor | None = None,
+    ) -> Splats:
+        """See `Body.project`."""
+        table = _table_arrays(gaussians)
+        num_gaussians, dtype = len(gaussians), table[0].dtype
+        mask_array = np.ones(num_gaussians, dtype) if masks is None else _array(masks)
+        id_array = np.arange(num_gaussians) if ids is None else _array(ids)
+        cameras = pack_cameras(views, dtype)
+        slots = np.empty((len(views), num_gaussians), np.int32)
+        packed = np.empty((num_gaussians, NUM_ROW_COLUMNS + 1), dtype)
+        packed_boxes = np.empty((num_gaussians, 4), np.int32)
+        parts, offsets = [], [0]
+        for view, size in enumerate(views.sizes):
+            counts = np.zeros(self.num_tasks, np.int64)
+            self.team.run(
+                project_rows, self.num_tasks, *table, mask_array, cameras[view], np.array(size), _flags(settings),
+                _limits(settings, dtype), slots[view], packed, packed_boxes, counts,
+            )  # fmt: skip
+            parts.append(self._compact(id_array, slots[view], packed, packed_boxes, counts, offsets[-1]))
+            offsets.append(offsets[-1] + int(counts.sum()))
+        merged = [np.concatenate(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True)]
+        rows, boxes, depths, row_ids, rows_of = (torch.from_numpy(column) for column in merged)
+        return Splats(rows, depths, row_ids, rows_of, boxes, torch.tensor(offsets), torch.from_numpy(slots))
+
+    def _compact(
+        self, ids: Array, slots: Array, packed: Array, packed_boxes: Array, counts: Array, base: int
+    ) -> tuple[Array, ...]:
+        total = int(counts.sum())
+        outputs = (
+            np.empty((total, NUM_ROW_COLUMNS), packed.dtype),
+            np.empty((total, 4), np.int32),
+            np.empty(total, packed.dtype),
+            np.empty(total, np.int64),
+            np.empty(total, np.int32),
+        )
+        first = np.cumsum(counts) - counts
+        self.team.run(compact_rows, self.num_tasks, ids, slots, packed, packed_boxes, first, base, *outputs)
+        return outputs
+
+    def project_backward(
+        self, gaussians: Gaussians, views: Views, settings: ProjectionSettings, splats: Splats, d_rows: Tensor
+    ) -> GaussianGradients:
+        """See `Body.project_backward`."""
+        table = _table_arrays(gaussians)
+        dtype = table[0].dtype
+        gradients = empty_like_gradients(gaussians)
+        self.team.run(
+            project_backward_rows, self.num_tasks, table, pack_cameras(views, dtype), _limits(settings, dtype),
+            _flags(settings), _array(splats.slots), _array(d_rows), tuple(_array(g) for g in gradients),
+        )  # fmt: skip
+        return gradients
+
+    def project_backward_update(
+        self,
+        gaussians: Gaussians,
+        views: Views,
+        settings: ProjectionSettings,
+        splats: Splats,
+        d_rows: Tensor,
+        *,
+        optimizer: Optimizer,
+        statistics: Statistics,
+        gradient_scale: float = 1.0,
+    ) -> Tensor:
+        """See `Body.project_backward_update`."""
+        table = _table_arrays(gaussians)
+        dtype = table[0].dtype
+        d_masks = np.empty(len(gaussians), dtype)
+        factors = np.array([_adam_factors(step) for step in optimizer.steps], dtype)
+        self.team.run(
+            update_rows, self.num_tasks, table, tuple(a.reshape(-1) for a in table),
+            tuple(_array(m).reshape(-1) for m in optimizer.exp_avg),
+            tuple(_array(v).reshape(-1) for v in optimizer.exp_avg_sq), factors, pack_cameras(views, dtype),
+            np.array(views.sizes, np.int64), _limits(settings, dtype), _flags(settings), _array(splats.slots),
+            _array(d_rows), np.array([gradient_scale], dtype), _array(statistics.grad_norm_sum),
+            _array(statistics.view_count), d_masks,
+        )  # fmt: skip
+        return torch.from_numpy(d_masks)
+
+    def rasterize(
+        self,
+        splats: Splats,
+        view: int,
+        size: tuple[int, int],
+        background: Tensor,
+        *,
+        rows: tuple[int, int] | None = None,
+    ) -> Frame:
+        """See `Body.rasterize`."""
+        width, height = size
+        span = rows if rows is not None else (0, height)
+        lists, region = self._lists(splats, view, width, span)
+        packed, boxes = _view_arrays(splats, view)
+        rgb = np.empty((span[1] - span[0], width, 3), packed.dtype)
+        transmittance = np.empty(rgb.shape[:2], packed.dtype)
+        ends, pairs = np.zeros(lists.num_tiles, np.int64), np.zeros(lists.num_tiles, np.int64)
+        self.team.run(
+            rasterize_tiles, self.num_tasks, packed, boxes, lists.footprints, lists.tile_offsets, lists.splats, region,
+            _array(background), rgb, transmittance, ends, pairs,
+        )  # fmt: skip
+        per_row = torch.from_numpy(pairs.reshape(lists.num_rows, lists.num_columns).sum(axis=1))
+        state = _FrameState(lists, region, ends)
+        return Frame(torch.from_numpy(rgb), torch.from_numpy(transmittance), per_row, view, span, state)
+
+    def _lists(self, splats: Splats, view: int, width: int, span: tuple[int, int]) -> tuple[TileLists, Array]:
+        first, last = splats.view_range(view)
+        packed, boxes = _view_arrays(splats, view)
+        depths, ids = _array(splats.depths)[first:last], _array(splats.ids)[first:last]
+        lists = bin_splats(packed, boxes, depths, ids, width=width, pixel_rows=span, team=self.team)
+        return lists, np.array([span[0], span[1], lists.num_columns, width], np.int64)
+
+    def rasterize_backward(
+        self,
+        splats: Splats,
+        frame: Frame,
+        d_rgb: Tensor,
+        d_rows: Tensor,
+        *,
+        d_transmittance: Tensor | None = None,
+    ) -> None:
+        """See `Body.rasterize_backward`."""
+        state: _FrameState = frame.state
+        lists = state.lists
+        packed, boxes = _view_arrays(splats, frame.view)
+        first, last = splats.view_range(frame.view)
+        gradients = np.empty((lists.num_instances, NUM_ROW_COLUMNS), packed.dtype)
+        d_light = np.zeros(frame.transmittance.shape, packed.dtype)
+        if d_transmittance is not None:
+            d_light = _array(d_transmittance)
+        self.team.run(
+            rasterize_backward_tiles, self.num_tasks, packed, boxes, lists.footprints, lists.tile_offsets, lists.splats,
+            lists.instances, state.region, _array(frame.rgb), _array(frame.transmittance), state.ends, _array(d_rgb),
+            d_light, gradients,
+        )  # fmt: skip
+        self.team.run(
+            sum_instances, self.num_tasks, lists.order, lists.instance_offsets, gradients, _array(d_rows)[first:last]
+        )
+
+    def photometric(
+        self,
+        rgb: Tensor,
+        target: Tensor,
+        lambda_dssim: float,
+        *,
+        own_rows: tuple[int, int] | None = None,
+        image_height: int | None = None,
+        row_start: int = 0,
+    ) -> PhotometricLoss:
+        """See `Body.photometric`."""
+        height, width, _ = rgb.shape
+        own = np.array(own_rows if own_rows is not None else (0, height), np.int64)
+        values = 3 * width * (image_height if image_height is not None else height)
+        x, y = _array(rgb).reshape(height, 3 * width), _array(target).reshape(height, 3 * width)
+        dtype, length = x.dtype, loss_kernels.row_length(width)
+        taps = loss_kernels.window(dtype.type)
+        blurred = np.empty((loss_kernels.BLURRED, height, length), dtype)
+        derivatives = np.empty((loss_kernels.DERIVATIVES, height, length), dtype)
+        ssim_sums, l1_sums, d_rgb = np.zeros(height), np.zeros(height), np.empty_like(x)
+        run, tasks = self.team.run, self.num_tasks
+        run(loss_kernels.blur_inputs, tasks, x, y, taps, blurred)
+        ssim_weight = np.array([-lambda_dssim / values], dtype)
+        run(loss_kernels.ssim_map, tasks, blurred, own, 3 * width, ssim_weight, taps, derivatives, ssim_sums)
+        l1_weight = np.array([(1.0 - lambda_dssim) / values], dtype)
+        run(loss_kernels.loss_gradient, tasks, x, y, derivatives, own, l1_weight, taps, l1_sums, d_rgb)
+        gradient = torch.from_numpy(d_rgb.reshape(height, width, 3))
+        return PhotometricLoss(float(l1_sums.sum()) / values, float(ssim_sums.sum()) / values, gradient)
+
+    def adam(self, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamStep) -> None:
+        """See `Body.adam`."""
+        arrays = [_array(tensor).reshape(-1) for tensor in (param, grad, exp_avg, exp_avg_sq)]
+        self.team.run(adam_rows, self.num_tasks, *arrays, np.array(_adam_factors(step), arrays[0].dtype))
+
+    def blend_scores(
+        self, splats: Splats, view: int, size: tuple[int, int], *, rows: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `Body.blend_scores`."""
+        lists, region = self._lists(splats, view, size[0], rows if rows is not None else (0, size[1]))
+        packed, boxes = _view_arrays(splats, view)
+        scores = np.empty((lists.num_instances, 2), packed.dtype)
+        self.team.run(
+            score_tiles, self.num_tasks, packed, boxes, lists.footprints, lists.tile_offsets, lists.splats,
+            lists.instances, region, scores,
+        )  # fmt: skip
+        maximum, total = np.zeros(packed.shape[0], packed.dtype), np.zeros(packed.shape[0], packed.dtype)
+        sum_scores(lists.order, lists.instance_offsets, scores, maximum, total)
+        return torch.from_numpy(maximum), torch.from_numpy(total)
+
+
+def pack_cameras(views: Views, dtype: Any) -> Array:
+    """(B, CAMERA_SIZE) floats as `masksplat.cpu.geometry` reads them."""
+    packed = np.zeros((len(views), CAMERA_SIZE), np.float64)
+    for view, (width, height) in enumerate(views.sizes):
+        viewmat = _array(views.viewmats[view]).astype(np.float64)
+        intrinsics = _array(views.intrinsics[view]).astype(np.float64)
+        turn, shift = viewmat[:3, :3], viewmat[:3, 3]
+        fx, fy, cx, cy = intrinsics[0, 0], intrinsics[1, 1], intrinsics[0, 2], intrinsics[1, 2]
+        margin_x, margin_y = 0.15 * width / fx, 0.15 * height / fy
+        packed[view, :9], packed[view, 9:12] = turn.reshape(-1), shift
+        packed[view, 12:16] = fx, fy, cx, cy
+        packed[view, 16:18] = -cx / fx - margin_x, (width - cx) / fx + margin_x
+        packed[view, 18:20] = -cy / fy - margin_y, (height - cy) / fy + margin_y
+        packed[view, 20:23] = -turn.T @ shift
+    return packed.astype(dtype)
+
+
+def _array(tensor: Tensor) -> Array:
+    return tensor.detach().contiguous().numpy()
+
+
+def _table_arrays(gaussians: Gaussians) -> tuple[Array, ...]:
+    return tuple(
+        _array(tensor)
+        for tensor in (
+            gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, gaussians.sh0, gaussians.shN,
+        )  # fmt: skip
+    )
+
+
+def _view_arrays(splats: Splats, view: int) -> tuple[Array, Array]:
+    first, last = splats.view_range(view)
+    return _array(splats.rows)[first:last], _array(splats.boxes)[first:last]
+
+
+def _flags(settings: ProjectionSettings) -> Array:
+    degree = -1 if settings.sh_degree is None else settings.sh_degree
+    return np.array([degree, settings.activated, settings.antialiased], np.int64)
+
+
+def _limits(settings: ProjectionSettings, dtype: Any) -> Array:
+    return np.array([settings.near_plane, settings.far_plane, settings.eps2d], dtype)
+
+
+def _adam_factors(step: AdamStep) -> tuple[float, ...]:
+    rate = step.learning_rate / (1.0 - step.beta1**step.update)
+    return step.beta1, step.beta2, rate, (1.0 - step.beta2**step.update) ** -0.5, step.eps

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which pixels a splat can reach: the ellipse where alpha >= 1/255, cut into horizontal bands.
+
+With d = (dx, dy) from the mean, alpha = o * exp(-q / 2) with q = a dx^2 + 2 b dx dy + c dy^2, so alpha >= 1/255 inside
+q <= t = 2 ln(255 o). For a given dy the ellipse spans dx = (-b dy -+ sqrt(a t - D dy^2)) / a with D = a c - b^2.
+The right edge is concave in dy and peaks at dy_star = -b sqrt(t / (c D)), the left edge is its mirror image, so the
+extreme over a band of dy is at dy_star clamped to the band. All of it is float64: D cancels for thin splats.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from masksplat.cpu.kernel import device
+from masksplat.types import ALPHA_MIN, TILE
+
+MARGIN_T = 0.01
+"""Added to t, so that rounding of alpha in the kernels never meets a pixel outside the bounds."""
+
+MARGIN_PIXELS = 0.01
+
+RELIABLE = 1e-6
+"""Splats with D below this share of a c are not cut by bands: their box alone bounds them."""
+
+NUM_FOOTPRINT = 5
+
+
+@device
+def write_footprint(footprints, k, a, b, c, opacity):  # type: ignore[no-untyped-def]
+    """footprints[k] = (a t, D, dy_max, dy_star, usable): what `span_of_band` needs."""
+    t = 2.0 * math.log(np.float64(opacity) / ALPHA_MIN) + MARGIN_T
+    det = np.float64(a) * np.float64(c) - np.float64(b) * np.float64(b)
+    usable = t > 0.0 and det > RELIABLE * np.float64(a) * np.float64(c)
+    footprints[k, 0] = np.float64(a) * t
+    footprints[k, 1] = det
+    footprints[k, 2] = math.sqrt(footprints[k, 0] / det) if usable else 0.0
+    footprints[k, 3] = -np.float64(b) * math.sqrt(t / (np.float64(c) * det)) if usable else 0.0
+    footprints[k, 4] = 1.0 if usable else 0.0
+
+
+@device
+def span_of_band(footprints, k, a, b, low, high):  # type: ignore[no-untyped-def]
+    """Range of dx that splat k reaches for dy in [low, high] (pixels); empty is (1, 0)."""
+    at, det, dy_max, dy_star = footprints[k, 0], footprints[k, 1], footprints[k, 2], footprints[k, 3]
+    low, high = max(low, -dy_max), min(high, dy_max)
+    if low > high:
+        return 1.0, 0.0
+    right_dy = min(max(dy_star, low), high)
+    left_dy = min(max(-dy_star, low), high)
+    inverse = 1.0 / a
+    right = (math.sqrt(max(0.0, at - det * right_dy * right_dy)) - b * right_dy) * inverse
+    left = (-b * left_dy - math.sqrt(max(0.0, at - det * left_dy * left_dy))) * inverse
+    return left - MARGIN_PIXELS, right + MARGIN_PIXELS
+
+
+@device
+def tiles_of_row(footprints, rows, boxes, k, tile_row, row_start):  # type: ignore[no-untyped-def]
+    """Half-open range of tile columns that splat k reaches in `tile_row` of the region starting at `row_start`."""
+    first, last = boxes[k, 0], boxes[k, 2] - 1  # inclusive pixels
+    # A footprint inside one column or one row of tiles is as wide as its box there.
+    several_rows = (boxes[k, 1] - row_start) // TILE != (boxes[k, 3] - 1 - row_start) // TILE
+    if several_rows and first // TILE != last // TILE and footprints[k, 4] > 0.0:
+        top = max(row_start + tile_row * TILE, boxes[k, 1])
+        bottom = min(row_start + (tile_row + 1) * TILE, boxes[k, 3]) - 1
+        low, high = top + 0.5 - np.float64(rows[k, 1]), bottom + 0.5 - np.float64(rows[k, 1])
+        left, right = span_of_band(footprints, k, np.float64(rows[k, 2]), np.float64(rows[k, 3]), low, high)
+        if left > right:
+            return 0, 0
+        # Pixel x is inside when left <= x + 0.5 - mean_x <= right.
+        first = max(first, math.ceil(left + np.float64(rows[k, 0]) - 0.5))
+        last = min(last, math.floor(right + np.float64(rows[k, 0]) - 0.5))
+        if first > last:
+            return 0, 0
+    return first // TILE, last // TILE + 1

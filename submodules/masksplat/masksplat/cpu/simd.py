@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eight-lane vectors for numba kernels: explicit SIMD where LLVM's own vectoriser cannot see the loop.
+
+A vector holds 8 lanes of float32 or float64 and lowers to an LLVM vector, so the machine decides the register
+(one AVX2 register in float32, two in float64, four NEON ones, ...). Arithmetic operators, `-x`, and the functions
+below work on vectors of one type; there are no lane masks as values, only selects and `any_*` tests.
+
+No fast-math flag is ever set: every product and sum rounds as written (`fma` fuses where the machine can), so two
+kernels that evaluate the same expression get the same bits.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.datamodel import models
+from numba.extending import intrinsic, overload, register_model
+
+LANES = 8
+
+
+class VectorType(types.Type):
+    """Numba type of an 8-lane vector of `dtype`."""
+
+    def __init__(self, dtype: types.Float) -> None:
+        self.dtype = dtype
+        super().__init__(name=f"Vector{LANES}({dtype})")
+
+
+@register_model(VectorType)
+class VectorModel(models.PrimitiveModel):
+    """A vector is held as one LLVM vector value."""
+
+    def __init__(self, dmm: Any, fe_type: VectorType) -> None:
+        super().__init__(dmm, fe_type, _llvm_vector(fe_type.dtype))
+
+
+def _llvm_vector(dtype: types.Float) -> ir.VectorType:
+    return ir.VectorType(ir.FloatType() if dtype.bitwidth == 32 else ir.DoubleType(), LANES)
+
+
+def _llvm_integer_vector(dtype: types.Float) -> ir.VectorType:
+    return ir.VectorType(ir.IntType(dtype.bitwidth), LANES)
+
+
+def _splat(builder: ir.IRBuilder, vector: ir.VectorType, value: ir.Value) -> ir.Value:
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+    lanes = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), lanes)
+
+
+def _call(builder: ir.IRBuilder, name: str, vector: ir.VectorType, args: Any) -> ir.Value:
+    suffix = f"v{LANES}f{32 if isinstance(vector.element, ir.FloatType) else 64}"
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(vector, [vector] * len(args)), f"llvm.{name}.{suffix}"
+    )
+    return builder.call(function, args)
+
+
+@intrinsic
+def broadcast(typingctx: Any, scalar: Any) -> Any:
+    """Vector with `scalar` in every lane."""
+    result = VectorType(scalar)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _splat(builder, _llvm_vector(signature.return_type.dtype), args[0])
+
+    return result(scalar), codegen
+
+
+def _element_pointer(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+    array_type = signature.args[0]
+    array = context.make_array(array_type)(context, builder, args[0])
+    pointer = builder.gep(array.data, [args[1]])
+    return builder.bitcast(pointer, _llvm_vector(array_type.dtype).as_pointer())
+
+
+@intrinsic
+def load(typingctx: Any, array: Any, index: Any) -> Any:
+    """Lanes array[index], ..., array[index + 7] of a contiguous 1-D array; no bounds check."""
+    result = VectorType(array.dtype)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _element_pointer(context, builder, signature, args)
+        value = builder.load(pointer)
+        value.align = signature.return_type.dtype.bitwidth // 8
+        return value
+
+    return result(array, types.intp), codegen
+
+
+@intrinsic
+def store(typingctx: Any, array: Any, index: Any, vector: Any) -> Any:
+    """Write the lanes of `vector` to array[index], ..., array[index + 7]; no bounds check."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _element_pointer(context, builder, signature, args[:2])
+        instruction = builder.store(args[2], pointer)
+        instruction.align = signature.args[2].dtype.bitwidth // 8
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector), codegen
+
+
+@intrinsic
+def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, fused where the machine can do it cheaply."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _call(builder, "fmuladd", _llvm_vector(signature.return_type.dtype), args)
+
+    return a(a, b, c), codegen
+
+
+@intrinsic
+def round_to_integer(typingctx: Any, a: Any) -> Any:
+    """Lanes rounded to the nearest integer, ties to even."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _call(builder, "rint", _llvm_vector(signature.return_type.dtype), args)
+
+    return a(a), codegen
+
+
+@intrinsic
+def power_of_two(typingctx: Any, a: Any) -> Any:
+    """2 ** a for integral lanes within the exponent range of normal numbers."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        dtype = signature.return_type.dtype
+        integers = _llvm_integer_vector(dtype)
+        bias, mantissa_bits = (127, 23) if dtype.bitwidth == 32 else (1023, 52)
+        exponent = builder.fptosi(args[0], integers)
+        biased = builder.add(exponent, ir.Constant(integers, [bias] * LANES))
+        return builder.bitcast(builder.shl(biased, ir.Constant(integers, [mantissa_bits] * LANES)), _llvm_vector(dtype))
+
+    return a(a), codegen
+
+
+def _make_select(predicate: str) -> Any:
+    @intrinsic
+    def select(typingctx: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.select(builder.fcmp_ordered(predicate, args[0], args[1]), args[2], args[3])
+
+        return x(a, b, x, y), codegen
+
+    return select
+
+
+select_ge = _make_select(">=")
+"""select_ge(a, b, x, y): per lane x where a >= b, else y."""
+select_gt = _make_select(">")
+"""select_gt(a, b, x, y): per lane x where a > b, else y."""
+
+
+@intrinsic
+def any_positive(typingctx: Any, a: Any) -> Any:
+    """True when at least one lane is > 0."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = _llvm_vector(signature.args[0].dtype)
+        lanes = builder.fcmp_ordered(">", args[0], ir.Constant(vector, [0.0] * LANES))
+        bits = builder.bitcast(lanes, ir.IntType(LANES))
+        return builder.icmp_unsigned("!=", bits, ir.Constant(ir.IntType(LANES), 0))
+
+    return types.boolean(a), codegen
+
+
+@intrinsic
+def horizontal_sum(typingctx: Any, a: Any) -> Any:
+    """Sum of the lanes, as ((0+4)+(2+6)) + ((1+5)+(3+7)): a fixed tree, the same on every machine."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value, width = args[0], LANES
+        while width > 1:
+            half = width // 2
+            low, high = (
+                builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(ir.IntType(32), half), list(span)))
+                for span in (range(half), range(half, width))
+            )
+            value, width = builder.fadd(low, high), half
+        return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+
+    return a.dtype(a), codegen
+
+
+def _make_binary(operation: str) -> Any:
+    @intrinsic
+    def binary(typingctx: Any, a: Any, b: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return getattr(builder, operation)(args[0], args[1])
+
+        return a(a, b), codegen
+
+    return binary
+
+
+_ADD, _SUB, _MUL, _DIV = (_make_binary(name) for name in ("fadd", "fsub", "fmul", "fdiv"))
+
+
+def _bind(function: Any, lowered: Any) -> None:
+    # Lambdas without annotations: numba requires the typing and the implementing signature to be identical.
+    overload(function)(
+        lambda a, b: (lambda a, b: lowered(a, b)) if isinstance(a, VectorType) and a == b else None  # type: ignore
+    )
+
+
+for _function, _lowered in ((operator.add, _ADD), (operator.sub, _SUB), (operator.mul, _MUL), (operator.truediv, _DIV)):
+    _bind(_function, _lowered)

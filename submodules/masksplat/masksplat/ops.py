@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops of masksplat and the bodies that implement them.
+
+A body is chosen once, by name, with `get_body`; a missing one is refused with the command that provides it.
+Every body offers the same functions (`Body`); `reference` is differentiable by autograd as well.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from masksplat.types import (
+    AdamStep,
+    Frame,
+    GaussianGradients,
+    Gaussians,
+    Optimizer,
+    PhotometricLoss,
+    ProjectionSettings,
+    Splats,
+    Statistics,
+    Views,
+)
+
+BODY_NAMES = ("auto", "cpu", "reference")
+
+
+class Body(Protocol):
+    """Forward/backward pairs on one kind of device. Shapes and units: `masksplat.types`."""
+
+    name: str
+
+    def project(
+        self,
+        gaussians: Gaussians,
+        views: Views,
+        settings: ProjectionSettings,
+        *,
+        masks: Tensor | None = None,
+        ids: Tensor | None = None,
+    ) -> Splats:
+        """Activate, project (EWA), evaluate SH and pack the visible splats of every view.
+
+        `masks` (N,) in [0, 1], default 1; `ids` (N,) int64, default the row number.
+        """
+
+    def project_backward(
+        self, gaussians: Gaussians, views: Views, settings: ProjectionSettings, splats: Splats, d_rows: Tensor
+    ) -> GaussianGradients:
+        """Gradients of the parameters and masks, summed over views, from `d_rows` (M, 10)."""
+
+    def project_backward_update(
+        self,
+        gaussians: Gaussians,
+        views: Views,
+        settings: ProjectionSettings,
+        splats: Splats,
+        d_rows: Tensor,
+        *,
+        optimizer: Optimizer,
+        statistics: Statistics,
+        gradient_scale: float = 1.0,
+    ) -> Tensor:
+        """`project_backward`, Adam and the densify statistics in one pass, in place; returns the mask gradient (N,).
+
+        `gradient_scale` multiplies the parameters' and masks' gradients, not the statistics.
+        """
+
+    def rasterize(
+        self,
+        splats: Splats,
+        view: int,
+        size: tuple[int, int],
+        background: Tensor,
+        *,
+        rows: tuple[int, int] | None = None,
+    ) -> Frame:
+        """Composite the splats of `view` front to back over `background` (3,) in pixel rows `rows` (default all).
+
+        `size` is (width, height) of the whole view.
+        """
+
+    def rasterize_backward(
+        self,
+        splats: Splats,
+        frame: Frame,
+        d_rgb: Tensor,
+        d_rows: Tensor,
+        *,
+        d_transmittance: Tensor | None = None,
+    ) -> None:
+        """Add the gradient of a loss with d_rgb (h, w, 3) and d_transmittance (h, w) into `d_rows` (M, 10)."""
+
+    def photometric(
+        self,
+        rgb: Tensor,
+        target: Tensor,
+        lambda_dssim: float,
+        *,
+        own_rows: tuple[int, int] | None = None,
+        image_height: int | None = None,
+        row_start: int = 0,
+    ) -> PhotometricLoss:
+        """L1 and SSIM of `rgb` (h, w, 3) against `target` (h, w, 3) uint8, with the gradient.
+
+        The region starts at pixel row `row_start` of an image of `image_height` rows (default: it is the whole
+        image); the loss is summed over the region's rows `own_rows` only and divided by 3 * image_height * w.
+        """
+
+    def adam(self, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamStep) -> None:
+        """Update `param` and its moments in place, as torch.optim.Adam without weight decay."""
+
+    def blend_scores(
+        self, splats: Splats, view: int, size: tuple[int, int], *, rows: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Per packed splat of `view`: maximum and sum over accepted pixels of alpha * T, both (M_view,)."""
+
+
+def get_body(name: str = "auto") -> Body:
+    """The body called `name`.
+
+    Raises:
+        ValueError: for a name that is not in BODY_NAMES.
+    """
+    if name in ("auto", "cpu"):
+        from masksplat.cpu.body import CpuBody
+
+        return CpuBody()
+    if name == "reference":
+        from masksplat.reference.body import ReferenceBody
+
+        return ReferenceBody()
+    raise ValueError(f"unknown masksplat body {name!r}; choose one of {', '.join(BODY_NAMES)}")
