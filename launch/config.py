@@ -142,6 +142,19 @@ def fill_group(group: type[Group], values: Mapping[str, Any]) -> Group:
     return group(**{name: value for name, value in values.items() if name in names})
 
 
+def pick(kind: type[Group], *groups: Any) -> Group:
+    """A settings dataclass of another module, filled from the flags of the same names in `groups`.
+
+    For example `pick(DensityConfig, config.density, config.model)`.
+
+    Raises:
+        KeyError: a field of `kind` has no flag in the groups.
+    """
+    values = {field.name: getattr(group, field.name) for group in groups for field in dataclasses.fields(group)}
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: values[name] for name in names})
+
+
 def to_plain(config: Any) -> dict[str, Any]:
     """A configuration as JSON values: groups as objects, paths as text, tuples as lists; `notices` is left out."""
     return {

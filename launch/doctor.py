@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from launch.config import TrainConfig
+from launch.config import TrainConfig, pick
 from launch.machine import available_cores, available_memory, free_disk
 from scene.errors import InputError
 
@@ -159,10 +159,8 @@ def data_findings(config: TrainConfig) -> list[Finding]:
 
     model = config.model
     notices: list[str] = []
-    names = [field.name for field in dataclasses.fields(SceneOptions)]
-    options = SceneOptions(**{name: getattr(model, name) for name in names})
     try:
-        scene = load_scene(model.source_path, options, notify=notices.append)
+        scene = load_scene(model.source_path, pick(SceneOptions, model), notify=notices.append)
     except InputError as error:
         return [Finding("fault", "data", str(error))]
     cameras = (*scene.train, *scene.test)

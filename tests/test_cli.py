@@ -11,10 +11,15 @@ from pathlib import Path
 import pytest
 
 from launch.cli import metrics_flags, parse_metrics, parse_render, parse_train, render_flags, train_flags
-from launch.config import cfg_args_values, to_plain
+from launch.config import TrainConfig, cfg_args_values, pick, to_plain
 from launch.parser import Flag
+from scene.dataset import SceneOptions
 from scene.errors import InputError
 from scene.model_folder import ModelFolder
+from strategies.density import DensityConfig
+from strategies.mask import MaskConfig
+from strategies.methods import PRUNE_METHODS
+from strategies.optimizer_scaling import SCALE_MODES
 
 # A flag that disappears or is renamed breaks somebody's script: change these lists only with a line in docs/parity.md.
 TRAIN_FLAGS = """
@@ -401,6 +406,18 @@ def test_default_model_path() -> None:
     first, second = (train("-s data")["model_path"] for _ in range(2))
     assert re.fullmatch(r"output/[0-9a-f]{10}", str(first))
     assert first != second
+
+
+def test_defaults_of_flags_and_modules_agree() -> None:
+    config = TrainConfig()
+    assert pick(SceneOptions, config.model) == SceneOptions()
+    assert pick(DensityConfig, config.density, config.model) == DensityConfig()
+    assert pick(MaskConfig, config.mask) == MaskConfig()
+    with pytest.raises(KeyError):
+        pick(MaskConfig, config.model)
+    specs = {each.name: each.spec for each in train_flags()}
+    assert set(specs["lr_scale_mode"].choices) == set(SCALE_MODES)
+    assert {"mask", *specs["prune_method"].allowed} == set(PRUNE_METHODS)
 
 
 def test_doctor_needs_no_data() -> None:
