@@ -11,6 +11,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from launch.config import MetricsConfig, MetricsFlags, RenderConfig, RenderFlags, TrainConfig, fill_group
@@ -28,20 +29,22 @@ from launch.presets import setting_values
 from scene.errors import InputError
 from scene.model_folder import ModelFolder, default_model_path
 
-TRAIN_GROUPS: dict[str, type] = {
-    "model": ModelConfig,
-    "optimization": OptimizationConfig,
-    "density": DensityFlags,
-    "mask": MaskFlags,
-    "pipeline": PipelineConfig,
-    "logging": LoggingConfig,
-    "debug": DebugConfig,
-    "prune": PruneFlags,
-    "checkpoint": CheckpointFlags,
-    "distribution": DistributionConfig,
-    "benchmark": BenchmarkConfig,
-    "viewer": ViewerConfig,
-}
+TRAIN_GROUPS: Mapping[str, type] = MappingProxyType(
+    {
+        "model": ModelConfig,
+        "optimization": OptimizationConfig,
+        "density": DensityFlags,
+        "mask": MaskFlags,
+        "pipeline": PipelineConfig,
+        "logging": LoggingConfig,
+        "debug": DebugConfig,
+        "prune": PruneFlags,
+        "checkpoint": CheckpointFlags,
+        "distribution": DistributionConfig,
+        "benchmark": BenchmarkConfig,
+        "viewer": ViewerConfig,
+    }
+)
 DEFAULT_MILESTONES = (7_000, 30_000)
 STORED_PIPELINE_FLAGS = ("antialiasing",)
 SPELLING = """Flags may be shortened while unique; - and _ in their names are the same; Booleans have a --no_ form.

@@ -72,11 +72,11 @@ class PipelineConfig:
     """Memory for decoded 8-bit images; images beyond it are decoded again when needed."""
     antialiasing: bool = flag(False, source="3DGS")
     """Scales each opacity for the 0.3 pixel low-pass filter (Mip-Splatting's 2D filter); stored with the model."""
-    convert_SHs_python: bool = flag(  # noqa: N815 (3DGS's name)
+    convert_SHs_python: bool = flag(
         False, source="3DGS", inert="colours are always computed by the drawing body; the result is the same"
     )
     """3DGS: spherical harmonics in PyTorch."""
-    compute_cov3D_python: bool = flag(  # noqa: N815 (3DGS's name)
+    compute_cov3D_python: bool = flag(
         False, source="3DGS", inert="covariances are always computed by the drawing body; the result is the same"
     )
     """3DGS: covariances in PyTorch."""

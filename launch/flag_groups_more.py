@@ -161,9 +161,7 @@ class DebugConfig:
     """Probability with which each initial point is left out."""
     debug_from: int = flag(-1, source="3DGS", inert="there is no CUDA rasterizer call whose inputs could be dumped")
     """Iteration from which 3DGS's --debug is on."""
-    detect_anomaly: bool = flag(
-        False, source="3DGS", inert="the training step has no autograd graph; non-finite values always stop the run"
-    )
+    detect_anomaly: bool = flag(False, source="3DGS", inert="the training step has no autograd graph to watch")
     """torch's anomaly mode."""
     zhx_debug: bool = flag(False, source="Grendel", inert="it prints statistics of Grendel-GS's kernels")
     """Statistics per tile."""
