@@ -229,7 +229,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"recorded {baseline.num_gaussians:,} Gaussians at {baseline.psnr:.2f} dB in {BASELINE_FILE}")
         return 0
     if known.data is not None:
-        return run_users_scene(known.data, known.output, flags)
+        return run_users_scene(known.data.expanduser(), known.output, flags)
     return run_demo(known.output, flags)
 
 

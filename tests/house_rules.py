@@ -100,8 +100,8 @@ def missing_licence_line(source: Source) -> Iterator[str]:
 
 
 def missing_future_annotations(source: Source) -> Iterator[str]:
-    has_code = any(not isinstance(node, ast.Expr) for node in source.tree.body)
-    if has_code and "from __future__ import annotations" not in source.text:
+    has_types = any(isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AnnAssign) for node in source.tree.body)
+    if has_types and "from __future__ import annotations" not in source.text:
         yield f"{source.path} lacks `from __future__ import annotations`"
 
 
