@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -125,7 +126,7 @@ class MaskPruning:
 
     def _totals(self, mask: Tensor) -> tuple[int, int]:
         """How many Gaussians of all ranks were drawn, and how many there are; whole numbers, so the order is free."""
-        totals = self._ranks.sum(torch.tensor([int(torch.count_nonzero(mask)), len(mask)]))  # host sync, all ranks
+        totals = self._ranks.sum(torch.tensor([_num_drawn(mask), len(mask)]))  # host sync, all ranks
         return int(totals[0]), int(totals[1])
 
     def _adam_step(self, table: GaussianTable, hyper: OptimizerScaling) -> AdamStep:
@@ -133,3 +134,8 @@ class MaskPruning:
         spec = next(spec for spec in table.attributes if spec.name == "mask_logits")
         rate = self.config.mask_lr * spec.learning_rate_factor * hyper.lr_factor
         return AdamStep(rate, *hyper.betas, hyper.eps, table.num_updates + 1)
+
+
+def _num_drawn(mask: Tensor) -> int:
+    """The number of ones; by numpy on the CPU, where torch would wake its threads for little work."""
+    return int(np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else torch.count_nonzero(mask))  # host sync

@@ -46,13 +46,12 @@ def mask_sample(logits: Tensor, ids: Tensor, seed: int, step: int) -> MaskSample
     words(seed, step, ids[:0], MASK_SAMPLE)  # refuses what is out of range
     source = logits.detach().contiguous()
     sample = MaskSample(torch.empty_like(source), torch.empty_like(source))
+    dtype = source.numpy().dtype.type
     sample_kernel(
         source.numpy(),
         ids.contiguous().numpy().view(np.uint64),
-        np.uint64(step),
-        np.uint64(MASK_SAMPLE),
-        np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint64),
-        np.array([0.5, 1.0, 2.0**23, _LOWEST_LOGIT[logits.dtype]], source.numpy().dtype),
+        tuple(np.uint64(word) for word in (step, MASK_SAMPLE, seed & 0xFFFFFFFF, seed >> 32)),
+        tuple(dtype(number) for number in (0.5, 1.0, 2.0**23, _LOWEST_LOGIT[logits.dtype], 0.0)),
         sample.mask.numpy(),
         sample.keep_gradient.numpy(),
     )
