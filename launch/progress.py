@@ -6,15 +6,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
+from typing import TextIO
 
 import psutil
 from tqdm import tqdm
 
 REFRESH_SECONDS = 0.5
-BAR_FORMAT = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}] {postfix}"
+FALLBACK_COLUMNS = 140
+BAR_FORMAT = "{percentage:3.0f}%|{bar:5}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}] {postfix}"
 
 
 class TrainingProgress:
@@ -31,12 +34,14 @@ class TrainingProgress:
         self._enabled, self._shown = enabled, 0.0
         self._psnr = ""
         self._process = psutil.Process()
+        columns = FALLBACK_COLUMNS if _has_no_width(sys.stderr) else None
         self._bar = tqdm(
             total=total,
             initial=initial,
-            unit=" image",
+            unit=" img",
             disable=not enabled,
-            dynamic_ncols=True,
+            dynamic_ncols=columns is None,
+            ncols=columns,
             bar_format=BAR_FORMAT,
             mininterval=REFRESH_SECONDS,
             file=sys.stderr,
@@ -62,8 +67,8 @@ class TrainingProgress:
             return
         self._shown = time.monotonic()
         gone = max(0.0, num_gaussians - expected_gaussians)
-        parts = [f"loss {loss:.4f}", self._psnr, f"{num_gaussians:,} Gaussians"]
-        parts.append(f"{gone:,.0f} to prune ({gone / max(1, num_gaussians):.0%})" if gone >= 0.5 else "")
+        count = f"{short_count(num_gaussians)} Gaussians" + (f", {short_count(gone)} to prune" if gone >= 0.5 else "")
+        parts = [f"loss {loss:.4f}", self._psnr, count]
         parts.append(memory_text(self._process.memory_info().rss, gpu_memory_bytes()))
         self._bar.set_postfix_str(" · ".join(filter(None, parts)), refresh=False)
 
@@ -90,6 +95,21 @@ class TrainingProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def short_count(number: float) -> str:
+    """A count with three or four digits: 950, 81.2k, 1.25M."""
+    if number < 1000:
+        return f"{number:.0f}"
+    return f"{number / 1e3:.1f}k" if number < 999_950 else f"{number / 1e6:.2f}M"
+
+
+def _has_no_width(stream: TextIO) -> bool:
+    """True for a terminal of unknown width (0 columns), as containers have it; tqdm would show nothing there."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns == 0
+    except (OSError, ValueError):
+        return False
 
 
 def memory_text(host_bytes: int, gpu_bytes: int) -> str:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from launch import doctor, machine
 from launch.cli import parse_train
 from launch.metrics_log import MetricsLog
-from launch.progress import TrainingProgress
+from launch.progress import TrainingProgress, short_count
 from launch.run import tee_output
 from scene.errors import InputError
 
@@ -171,8 +171,24 @@ def test_progress_shows_what_users_ask_for() -> None:
         progress.message("[ITER 100] ...")
     assert printed.getvalue() == "[ITER 100] ...\n"
     last = [state for state in shown.getvalue().split("\r") if state.strip()][-1]
-    parts = ("100/100", "image/s", "loss 0.0412", "test 29.31 dB", "81,204 Gaussians", "24,361 to prune (30%)", " GB")
+    parts = ("100/100", "img/s", "loss 0.0412", "test 29.31 dB", "81.2k Gaussians, 24.4k to prune", " GB")
     assert [part for part in parts if part not in last] == [], last
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.0k"),
+        (81_204, "81.2k"),
+        (999_949, "999.9k"),
+        (999_950, "1.00M"),
+        (3.2e6, "3.20M"),
+    ],
+)
+def test_short_count(number: float, text: str) -> None:
+    assert short_count(number) == text
 
 
 def test_progress_is_silent_when_disabled() -> None:
