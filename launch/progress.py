@@ -16,8 +16,8 @@ import psutil
 from tqdm import tqdm
 
 REFRESH_SECONDS = 0.5
-FALLBACK_COLUMNS = 140
-BAR_FORMAT = "{percentage:3.0f}%|{bar:5}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}] {postfix}"
+FALLBACK_COLUMNS, FALLBACK_ROWS = 140, 40
+BAR_FORMAT = "{percentage:3.0f}%|{bar:5}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
 class TrainingProgress:
@@ -42,6 +42,7 @@ class TrainingProgress:
             disable=not enabled,
             dynamic_ncols=columns is None,
             ncols=columns,
+            nrows=None if columns is None else FALLBACK_ROWS,
             bar_format=BAR_FORMAT,
             mininterval=REFRESH_SECONDS,
             file=sys.stderr,
