@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The progress bar of a training: one line on stderr of rank 0.
 
-14%|###      | 4200/30000 [01:10<07:02, 61.1 image/s] loss 0.0412 · test 29.31 dB · 81,204 Gaussians, 31% to go · 1.4 GB
+14%|#    | 4200/30000 [01:10<07:02, 61.1 img/s, loss 0.0412 · test 29.31 dB · 81.2k Gaussians, 24.4k to prune · 1.4 GB]
 """
 
 from __future__ import annotations
