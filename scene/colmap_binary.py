@@ -168,12 +168,14 @@ def _point_offsets(cursor: _Cursor, number: int) -> np.ndarray:
     unpack, data, end = _COUNT.unpack_from, cursor.data, len(cursor.data)
     offset = cursor.offset
     for index in range(number):
-        offsets[index] = cursor.offset = offset
-        if offset + _POINT_HEAD_BYTES + 8 > end:
-            cursor.need(_POINT_HEAD_BYTES + 8, f"point number {index + 1}")
-        offset += _POINT_HEAD_BYTES + 8 + 8 * unpack(data, offset + _POINT_HEAD_BYTES)[0]
-    if offset > end:
-        cursor.need(offset - cursor.offset, f"the track of point number {number}")
+        following = offset + _POINT_HEAD_BYTES + 8
+        if following <= end:
+            following += 8 * unpack(data, offset + _POINT_HEAD_BYTES)[0]
+        if following > end:
+            cursor.offset = offset
+            cursor.need(following - offset, f"point number {index + 1} and its track")
+        offsets[index] = offset
+        offset = following
     cursor.offset = offset
     cursor.finish("points")
     return offsets
