@@ -118,8 +118,8 @@ class Body(Protocol):
         """Per packed splat of `view`: maximum and sum over accepted pixels of alpha * T, both (M_view,)."""
 
 
-def get_body(name: str = "auto") -> Body:
-    """The body called `name`.
+def get_body(name: str = "auto", *, num_threads: int | None = None) -> Body:
+    """The body called `name`, on `num_threads` CPU threads (default: torch's).
 
     Raises:
         ValueError: for a name that is not in BODY_NAMES.
@@ -127,7 +127,7 @@ def get_body(name: str = "auto") -> Body:
     if name in ("auto", "cpu"):
         from masksplat.cpu.body import CpuBody
 
-        return CpuBody()
+        return CpuBody(num_threads)
     if name == "reference":
         from masksplat.reference.body import ReferenceBody
 

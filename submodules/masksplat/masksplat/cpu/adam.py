@@ -8,7 +8,6 @@ import math
 from masksplat.cpu.kernel import kernel
 
 
-
 @kernel
 def adam_span(param, grad, exp_avg, exp_avg_sq, start, grad_start, count, factors):  # type: ignore[no-untyped-def]
     """Update param[start : start + count] of flat arrays with grad[grad_start : grad_start + count].

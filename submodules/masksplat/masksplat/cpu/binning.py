@@ -42,6 +42,7 @@ class TileLists:
 
     @property
     def num_instances(self) -> int:
+        """(splat, tile) pairs, I."""
         return int(self.splats.size)
 
 

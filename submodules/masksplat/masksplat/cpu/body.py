@@ -280,7 +280,12 @@ def _table_arrays(gaussians: Gaussians) -> tuple[Array, ...]:
     return tuple(
         _array(tensor)
         for tensor in (
-            gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, gaussians.sh0, gaussians.shN,
+            gaussians.means,
+            gaussians.quats,
+            gaussians.scales,
+            gaussians.opacities,
+            gaussians.sh0,
+            gaussians.shN,
         )  # fmt: skip
     )
 

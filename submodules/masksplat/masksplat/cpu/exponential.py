@@ -30,7 +30,7 @@ _TAYLOR = tuple(np.float64(1.0) / np.float64(np.prod(np.arange(1, k + 1, dtype=n
 
 
 def exp(x: Any) -> Any:
-    """exp(x) per lane for x <= about 1; relative error 2 ulp in float32, 4 ulp in float64."""
+    """The exponential of every lane, for x <= about 1; relative error 2 ulp in float32, 4 ulp in float64."""
     raise NotImplementedError("only callable from numba kernels")
 
 

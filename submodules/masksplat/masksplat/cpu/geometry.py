@@ -12,7 +12,6 @@ import math
 
 from masksplat.cpu.kernel import device
 
-
 CAMERA_SIZE = 23
 """Floats of a packed camera: R (9, row-major), t (3), fx, fy, cx, cy, low and high clamp of x/z, of y/z, centre (3)."""
 
@@ -65,8 +64,16 @@ def jacobian_terms(camera, x, y, z):  # type: ignore[no-untyped-def]
 def half_projection(camera, terms, turned, scale):  # type: ignore[no-untyped-def]
     """J W R S, (2, 3) as 6 floats: the square root of the 2D covariance."""
     _, _, j00, j02, j11, j12 = terms
-    m00, m01, m02 = j00 * camera[0] + j02 * camera[6], j00 * camera[1] + j02 * camera[7], j00 * camera[2] + j02 * camera[8]
-    m10, m11, m12 = j11 * camera[3] + j12 * camera[6], j11 * camera[4] + j12 * camera[7], j11 * camera[5] + j12 * camera[8]
+    m00, m01, m02 = (
+        j00 * camera[0] + j02 * camera[6],
+        j00 * camera[1] + j02 * camera[7],
+        j00 * camera[2] + j02 * camera[8],
+    )
+    m10, m11, m12 = (
+        j11 * camera[3] + j12 * camera[6],
+        j11 * camera[4] + j12 * camera[7],
+        j11 * camera[5] + j12 * camera[8],
+    )
     return (
         (m00 * turned[0] + m01 * turned[3] + m02 * turned[6]) * scale[0],
         (m00 * turned[1] + m01 * turned[4] + m02 * turned[7]) * scale[1],

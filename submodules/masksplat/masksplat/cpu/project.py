@@ -60,9 +60,7 @@ def project_rows(
 
 
 @device
-def project_geometry(
-    i, x, y, z, quats, scales, opacities, camera, size, flags, limits, slots, rows, boxes, packed
-):  # type: ignore[no-untyped-def]
+def project_geometry(i, x, y, z, quats, scales, opacities, camera, size, flags, limits, slots, rows, boxes, packed):  # type: ignore[no-untyped-def]
     """Fill mean, conic, opacity and box of one splat; False when no pixel can see it (slots[i] says why)."""
     real = rows.dtype.type
     half = half_projection(
@@ -143,7 +141,9 @@ def write_colour(basis, degree, camera, means, sh0, shN, i, rows, packed):  # ty
 
 
 @kernel
-def compact_rows(task, num_tasks, ids, slots, packed, packed_boxes, first, base, rows, boxes, depths, out_ids, gaussians):  # type: ignore[no-untyped-def]
+def compact_rows(
+    task, num_tasks, ids, slots, packed, packed_boxes, first, base, rows, boxes, depths, out_ids, gaussians
+):  # type: ignore[no-untyped-def]
     """Move the packed rows of this task to first[task] on, and make slots global (`base` rows precede the view)."""
     start, stop = task * slots.size // num_tasks, (task + 1) * slots.size // num_tasks
     for i in range(start, stop):

@@ -195,8 +195,16 @@ def shape_backward(i, quats, scale, activated, camera, terms, turned, d_half, ou
 def _turned_gradient(camera, terms, d_half):  # type: ignore[no-untyped-def]
     """(J W)^T d_half, (3, 3) row-major: dL/d(R S), so that column k times scale k is dL/dR."""
     _, _, j00, j02, j11, j12 = terms
-    m00, m01, m02 = j00 * camera[0] + j02 * camera[6], j00 * camera[1] + j02 * camera[7], j00 * camera[2] + j02 * camera[8]
-    m10, m11, m12 = j11 * camera[3] + j12 * camera[6], j11 * camera[4] + j12 * camera[7], j11 * camera[5] + j12 * camera[8]
+    m00, m01, m02 = (
+        j00 * camera[0] + j02 * camera[6],
+        j00 * camera[1] + j02 * camera[7],
+        j00 * camera[2] + j02 * camera[8],
+    )
+    m10, m11, m12 = (
+        j11 * camera[3] + j12 * camera[6],
+        j11 * camera[4] + j12 * camera[7],
+        j11 * camera[5] + j12 * camera[8],
+    )
     return (
         m00 * d_half[0] + m10 * d_half[3], m00 * d_half[1] + m10 * d_half[4], m00 * d_half[2] + m10 * d_half[5],
         m01 * d_half[0] + m11 * d_half[3], m01 * d_half[1] + m11 * d_half[4], m01 * d_half[2] + m11 * d_half[5],

@@ -41,7 +41,11 @@ def rasterize_tiles(
     that some pixel could still see, and pairs[tile] to the number of evaluated (pixel, splat) pairs.
     """
     light = np.empty(TILE_PIXELS, rgb.dtype)
-    red, green, blue = np.empty(TILE_PIXELS, rgb.dtype), np.empty(TILE_PIXELS, rgb.dtype), np.empty(TILE_PIXELS, rgb.dtype)
+    red, green, blue = (
+        np.empty(TILE_PIXELS, rgb.dtype),
+        np.empty(TILE_PIXELS, rgb.dtype),
+        np.empty(TILE_PIXELS, rgb.dtype),
+    )
     lanes = np.empty(16, rgb.dtype)
     lane_offsets(lanes)
     for tile in range(task, tile_offsets.size - 1, num_tasks):

@@ -49,15 +49,28 @@ def rasterize_backward_tiles(
         width, height = min(TILE, region[3] - tile_x), min(TILE, region[1] - tile_y)
         start_transmittance(light, width, height)
         read_tile(
-            rgb, transmittance, d_rgb, d_transmittance, behind, pixel_gradient, tile_x, tile_y - region[0], width, height
+            rgb,
+            transmittance,
+            d_rgb,
+            d_transmittance,
+            behind,
+            pixel_gradient,
+            tile_x,
+            tile_y - region[0],
+            width,
+            height,
         )
         for position in range(tile_offsets[tile], ends[tile]):
             s = splats[position]
             out = instances[position]
             if rows[s, 9] != 0:
-                sampled(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, behind, pixel_gradient, gradients, out)
+                sampled(
+                    rows, boxes, footprints, s, tile_x, tile_y, lanes, light, behind, pixel_gradient, gradients, out
+                )
             else:
-                unsampled(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, behind, pixel_gradient, gradients, out)
+                unsampled(
+                    rows, boxes, footprints, s, tile_x, tile_y, lanes, light, behind, pixel_gradient, gradients, out
+                )
         for position in range(ends[tile], tile_offsets[tile + 1]):
             for column in range(NUM_ROW_COLUMNS):
                 gradients[instances[position], column] = 0
@@ -115,7 +128,11 @@ def sampled(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, behind, pi
                 accepted = select_ge(before - before * effective, minimum, alpha, zero)
                 shared = accepted * d_effective
                 d_mask = d_mask + shared
-                d_red, d_green, d_blue = fma(weight, g_red, d_red), fma(weight, g_green, d_green), fma(weight, g_blue, d_blue)
+                d_red, d_green, d_blue = (
+                    fma(weight, g_red, d_red),
+                    fma(weight, g_green, d_green),
+                    fma(weight, g_blue, d_blue),
+                )
                 d_power = select_gt(uncapped, alpha_max, zero, mask * shared)
                 s_0, moment_x, moment_y = s_0 + d_power, d_power * dx, d_power * dy
                 s_x, s_y = s_x + moment_x, s_y + moment_y
@@ -162,7 +179,9 @@ def unsampled(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, behind, 
             alive_alpha = select_gt(before, zero, alpha, zero)
             if any_positive(alive_alpha):
                 g_colour = load(pixel_gradient, 2 * TILE_PIXELS + at) * blue
-                g_colour = fma(load(pixel_gradient, at), red, fma(load(pixel_gradient, TILE_PIXELS + at), green, g_colour))
+                g_colour = fma(
+                    load(pixel_gradient, at), red, fma(load(pixel_gradient, TILE_PIXELS + at), green, g_colour)
+                )
                 d_mask = fma(alive_alpha, before * g_colour - load(behind, at), d_mask)
     for column in range(9):
         gradients[out, column] = 0

@@ -108,7 +108,7 @@ def store(typingctx: Any, array: Any, index: Any, vector: Any) -> Any:
 
 @intrinsic
 def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
-    """a * b + c, fused where the machine can do it cheaply."""
+    """A * b + c, fused where the machine can do it cheaply."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return _call(builder, "fmuladd", _llvm_vector(signature.return_type.dtype), args)
@@ -206,7 +206,7 @@ _ADD, _SUB, _MUL, _DIV = (_make_binary(name) for name in ("fadd", "fsub", "fmul"
 def _bind(function: Any, lowered: Any) -> None:
     # Lambdas without annotations: numba requires the typing and the implementing signature to be identical.
     overload(function)(
-        lambda a, b: (lambda a, b: lowered(a, b)) if isinstance(a, VectorType) and a == b else None  # type: ignore
+        lambda a, b: (lambda a, b: lowered(a, b)) if isinstance(a, VectorType) and a == b else None  # type: ignore[no-any-return]
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from masksplat.cpu.kernel import device
 
-
 C0 = 0.28209479177387814  # sqrt(1 / (4 pi))
 C1 = 0.4886025119029199  # sqrt(3 / (4 pi))
 C2_0 = 1.0925484305920792  # sqrt(15 / (4 pi))

@@ -122,5 +122,3 @@ def constants(array):  # type: ignore[no-untyped-def]
     """(zero, alpha_max, alpha_min) as vectors of the array's dtype."""
     real = array.dtype.type
     return broadcast(real(0)), broadcast(real(ALPHA_MAX)), broadcast(real(ALPHA_MIN))
-
-

@@ -72,7 +72,7 @@ def scatter_gradient(out, scale, starts, widths, k, buffer):  # type: ignore[no-
 
 @device
 def add_statistics(i, slots, d_rows, sizes, norm_sum, view_count):  # type: ignore[no-untyped-def]
-    """3DGS's densify statistics: norm of the NDC-scaled gradient of the 2D mean, and the views that saw the Gaussian."""
+    """3DGS's densify statistics: norm of the NDC-scaled gradient of the 2D mean, and the number of views."""
     half = norm_sum.dtype.type(0.5)
     for view in range(slots.shape[0]):
         slot = slots[view, i]

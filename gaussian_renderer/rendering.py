@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drawing one view for people and measures: deterministic, no gradients, only the Gaussians that exist."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gaussian_renderer.views import gaussians_of, views_of
+from masksplat.ops import Body
+from masksplat.types import ProjectionSettings, Splats
+from scene.cameras import Camera
+
+
+@dataclass(frozen=True)
+class RenderedView:
+    """One drawn view.
+
+    rgb: (H, W, 3) in [0, 1], clamped. alpha: (H, W) coverage in [0, 1].
+    depth: (H, W) expected camera z of what covers the pixel, world units; 0 where nothing does.
+    """
+
+    rgb: Tensor
+    alpha: Tensor
+    depth: Tensor
+
+
+def existing(params: Mapping[str, Tensor], keep: Tensor | None) -> Mapping[str, Tensor]:
+    """The rows of `params` where `keep` (N,) is True; all of them without `keep`."""
+    if keep is None or bool(keep.all()):
+        return params
+    return {name: values[keep] for name, values in params.items()}
+
+
+def render_view(
+    params: Mapping[str, Tensor],
+    camera: Camera,
+    *,
+    sh_degree: int,
+    background: Tensor,
+    body: Body,
+    keep: Tensor | None = None,
+    antialiased: bool = False,
+) -> RenderedView:
+    """Draw the Gaussians that exist from `camera`, over `background` (3,) in [0, 1].
+
+    Args: params: raw parameters, as in the table; sh_degree: the active degree; keep: (N,) bool, default all rows.
+    """
+    rows = existing(params, keep)
+    settings = ProjectionSettings(sh_degree=sh_degree, antialiased=antialiased)
+    splats = body.project(gaussians_of(rows), views_of([camera], background), settings)
+    size = (camera.width, camera.height)
+    frame = body.rasterize(splats, 0, size, background)
+    alpha = 1.0 - frame.transmittance
+    depth = body.rasterize(_coloured_by_depth(splats), 0, size, torch.zeros_like(background)).rgb[..., 0]
+    return RenderedView(frame.rgb.clamp(0.0, 1.0), alpha, torch.where(alpha > 0, depth / alpha.clamp_min(1e-6), 0.0))
+
+
+def render_rgb(
+    params: Mapping[str, Tensor],
+    camera: Camera,
+    *,
+    sh_degree: int,
+    background: Tensor,
+    body: Body,
+    antialiased: bool = False,
+) -> Tensor:
+    """Only the colours of `render_view`, (H, W, 3) in [0, 1]: half the work."""
+    settings = ProjectionSettings(sh_degree=sh_degree, antialiased=antialiased)
+    splats = body.project(gaussians_of(params), views_of([camera], background), settings)
+    return body.rasterize(splats, 0, (camera.width, camera.height), background).rgb.clamp(0.0, 1.0)
+
+
+def _coloured_by_depth(splats: Splats) -> Splats:
+    """The same splats with their camera z in the red channel."""
+    rows = splats.rows.clone()
+    rows[:, 6:9] = splats.depths[:, None]
+    return replace(splats, rows=rows)

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From cameras and the table's parameters to what the kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from masksplat.types import Gaussians, Views
+from scene.cameras import Camera
+
+KERNEL_ATTRIBUTES = ("means", "quats", "scales", "opacities", "sh0", "shN")
+"""The table's attributes that the kernels project and update, in the order of `masksplat.types.Gaussians`."""
+
+
+def views_of(cameras: Sequence[Camera], like: Tensor) -> Views:
+    """The cameras as kernels read them, in the dtype and on the device of `like`."""
+    viewmats = torch.from_numpy(np.stack([camera.viewmat for camera in cameras])).to(like)
+    intrinsics = torch.from_numpy(np.stack([camera.intrinsics for camera in cameras])).to(like)
+    return Views(viewmats, intrinsics, tuple((camera.width, camera.height) for camera in cameras))
+
+
+def gaussians_of(params: Mapping[str, Tensor]) -> Gaussians:
+    """The raw parameters of a table (no copy)."""
+    return Gaussians(**{name: params[name] for name in KERNEL_ATTRIBUTES})
