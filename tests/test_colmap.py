@@ -241,7 +241,9 @@ def test_every_truncation_is_refused(tmp_path: Path, file: str) -> None:
     whole = path.read_bytes()
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        with pytest.raises(InputError, match=rf"{file}.bin, byte \d+"):
+        with pytest.raises(
+            InputError, match=rf"{file}.bin, byte \d+: (the file ends within|\d+ \w+ are|.* has no end)"
+        ):
             read_model(tmp_path)
     path.write_bytes(whole + b"\0")
     with pytest.raises(InputError, match="1 bytes follow"):
