@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures rendered views against their photos by the 3DGS protocol: what `metrics.py` does.
+
+    MODEL/{test,train}/ours_N/{renders,gt}/*.png  ->  MODEL/results.json, MODEL/per_view.json
+
+Both files have the form of 3DGS, so that scripts of its ecosystem read them; "protocol" is one more entry beside
+the means. LPIPS by VGG is called "LPIPS", as in 3DGS; by AlexNet "LPIPS_alex", since the two are different scales.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from gaussian_renderer.image_quality import psnr, ssim
+from gaussian_renderer.lpips import Lpips, WeightsMissingError, load_lpips
+from launch.cli import parse_metrics
+from launch.machine import available_cores
+from scene.errors import InputError
+from scene.model_folder import SPLITS, ModelFolder, write_json_atomically
+
+PROTOCOL = "3dgs"
+LPIPS_KEYS = {"vgg": "LPIPS", "alex": "LPIPS_alex"}
+
+
+@dataclass(frozen=True, eq=False)
+class Measures:
+    """What is measured on each pair of images; `lpips` None leaves it out."""
+
+    lpips: Lpips | None = None
+    lpips_key: str = "LPIPS"
+
+    def of(self, render: torch.Tensor, photo: torch.Tensor) -> dict[str, float]:
+        """Return SSIM, PSNR (dB) and perhaps LPIPS of two (H, w, 3) uint8 images."""
+        values = {"SSIM": ssim(render, photo), "PSNR": psnr(render, photo)}
+        if self.lpips is not None:
+            values[self.lpips_key] = self.lpips(render, photo)
+        return values
+
+
+def choose_measures(network: str, *, notify: Callable[[str], None] = print) -> Measures:
+    """Return the measures that `--lpips NETWORK` asks for; `notify` gets a sentence when "auto" has to leave LPIPS out.
+
+    Raises:
+        InputError: the network was asked for by name and its weights are not installed or damaged.
+    """
+    if network == "none":
+        return Measures()
+    net = "vgg" if network == "auto" else network
+    try:
+        return Measures(load_lpips(net), LPIPS_KEYS[net])
+    except WeightsMissingError as error:
+        if network != "auto":
+            raise InputError(f"--lpips {network} cannot be used. {error}") from error
+        notify(str(error))
+        return Measures()
+
+
+def measure_model(
+    model_path: Path, mode: str = "test", *, measures: Measures | None = None, progress: bool = True
+) -> dict[str, dict[str, Any]]:
+    """Measure every rendered iteration of a model, write the two JSON files, and return the content of the first.
+
+    Args:
+        model_path: folder of the model.
+        mode: "test" or "train", the set whose renders are measured.
+        measures: what to measure; None: SSIM and PSNR.
+        progress: show a bar on stderr.
+
+    Raises:
+        InputError: nothing was rendered, or renders and photos do not belong together.
+    """
+    folder = ModelFolder.open(model_path)
+    methods = _rendered_methods(folder, mode)
+    results: dict[str, dict[str, Any]] = {}
+    per_view: dict[str, dict[str, dict[str, float]]] = {}
+    for method in methods:
+        views = measure_views(folder.path / mode / method, measures or Measures(), progress=progress)
+        keys = next(iter(views.values())).keys()
+        per_view[method] = {key: {name: values[key] for name, values in views.items()} for key in keys}
+        means = {key: float(np.mean(list(column.values()))) for key, column in per_view[method].items()}
+        results[method] = {**means, "protocol": PROTOCOL}
+    write_json_atomically(folder.results(mode), results)
+    write_json_atomically(folder.per_view(mode), per_view)
+    return results
+
+
+def measure_views(folder: Path, measures: Measures, *, progress: bool = True) -> dict[str, dict[str, float]]:
+    """Return the measures of each pair of `folder`/renders and `folder`/gt by file name, in the order of names.
+
+    Raises:
+        InputError: a folder is missing or empty, the names differ, an image is damaged, or a pair differs in size.
+    """
+    names = paired_names(folder)
+    bar = tqdm(names, desc=f"measuring {folder.name}", unit="view", disable=not progress, dynamic_ncols=True)
+    return {name: measures.of(*_read_pair(folder, name)) for name in bar}
+
+
+def paired_names(folder: Path) -> list[str]:
+    """Return the sorted names of the images that `folder`/renders and `folder`/gt have in common.
+
+    Raises:
+        InputError: one of them is missing or empty, or has an image that the other has not.
+    """
+    renders, photos = (_image_names(folder / part) for part in ("renders", "gt"))
+    if renders != photos:
+        lone = sorted(renders ^ photos)
+        raise InputError(
+            f"renders and photos do not belong together: {folder / 'renders'} has {len(renders)} images and "
+            f"{folder / 'gt'} has {len(photos)}; {lone[0]} is in only one of them. Delete {folder} and render again "
+            "with render.py."
+        )
+    return sorted(renders)
+
+
+def read_image(path: Path) -> torch.Tensor:
+    """Return an image file as (H, w, 3) uint8.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image.convert("RGB")))
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise InputError(f"the image {path} cannot be read ({error}). Render again with render.py.") from error
+
+
+def _read_pair(folder: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return render and photo of one view."""
+    render, photo = (read_image(folder / part / name) for part in ("renders", "gt"))
+    if render.shape != photo.shape:
+        sizes = " and ".join(f"{image.shape[1]}x{image.shape[0]}" for image in (render, photo))
+        raise InputError(f"render and photo of {folder / 'renders' / name} differ in size: {sizes}. Render again.")
+    return render, photo
+
+
+def _rendered_methods(folder: ModelFolder, mode: str) -> list[str]:
+    """Return the sub-folders of MODEL/{mode} in the order of their iterations."""
+    if mode not in SPLITS:
+        raise ValueError(f"mode is {mode!r}, not one of {SPLITS}")
+    iterations = folder.rendered_iterations(mode)
+    if not iterations:
+        hint = " --skip_train (test views exist only after train.py --eval)" if mode == "test" else " --skip_test"
+        raise InputError(
+            f"there is nothing to measure: {folder.path / mode} has no ours_N/renders. Render first: "
+            f"python render.py -m {folder.path}{hint}."
+        )
+    return [folder.split_folder(mode, iteration).name for iteration in iterations]
+
+
+def _image_names(folder: Path) -> set[str]:
+    """Return the names of the PNG files of a folder."""
+    names = {entry.name for entry in folder.glob("*.png")} if folder.is_dir() else set()
+    if not names:
+        raise InputError(f"there are no PNG images in {folder}. Render the views first with render.py.")
+    return names
+
+
+def print_results(model_path: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Print the means of every method of a model as 3DGS's metrics.py does."""
+    print(f"\nScene: {model_path}")
+    for method, means in results.items():
+        print(f"Method: {method}")
+        for key, value in means.items():
+            if isinstance(value, float):
+                print(f"  {key + ' ':<5}: {value:>12.7f}")
+
+
+def _ignore(sentence: str) -> None:
+    """Show nothing."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure every model that the command line names; one that cannot be measured does not keep the others from it.
+
+    Returns:
+        0, or 2 when a model could not be measured.
+
+    Raises:
+        InputError: the command line is wrong, or LPIPS weights that were asked for by name are missing.
+    """
+    flags = parse_metrics(arguments).metrics
+    torch.set_num_threads(flags.threads or available_cores())
+    measures = choose_measures(flags.lpips, notify=_ignore if flags.quiet else print)
+    failures = 0
+    for model_path in flags.model_paths:
+        try:
+            results = measure_model(model_path, flags.mode, measures=measures, progress=not flags.quiet)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failures += 1
+            continue
+        if not flags.quiet:
+            print_results(model_path, results)
+    return 2 if failures else 0
