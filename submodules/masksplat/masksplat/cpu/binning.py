@@ -38,6 +38,7 @@ class TileLists:
 
     @property
     def num_tiles(self) -> int:
+        """Tiles of the region, T."""
         return self.num_columns * self.num_rows
 
     @property
