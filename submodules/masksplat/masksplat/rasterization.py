@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rasterization`: gsplat's call with differentiable per-Gaussian `masks`, on any body of `masksplat.ops`.
+
+Names, shapes, layouts and quaternion order are gsplat's. What differs is said by name: the near plane is 0.2 by
+default (the predecessors' value; gsplat's is 0.01), alpha is capped at 0.99, `antialiased` stands for gsplat's
+rasterize_mode, only pinhole cameras exist, and cameras get no gradient.
+
+Legend: N Gaussians, C cameras, M packed splats (visible (camera, Gaussian) pairs), D colour channels, K SH bases.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from masksplat.ops import Body, get_body
+from masksplat.types import ALPHA_MIN, TILE, Gaussians, ProjectionSettings, Splats, Views
+
+RENDER_MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
+
+SMALLEST_ALPHA = 1e-10
+"""Expected depth divides by at least this (gsplat)."""
+
+_CHANNELS = 3
+"""Channels of one compositing pass; more channels take more passes."""
+
+
+class _Inputs(NamedTuple):
+    """Checked inputs of `rasterization`."""
+
+    tensors: dict[str, Tensor]
+    views: Views
+    sh_degree: int | None
+    render_mode: str
+
+
+class _Project(torch.autograd.Function):
+    """The body's `project` / `project_backward` pair. Gives rows (M, 10) and the splats (not differentiable)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, body: Body, views: Views, settings: ProjectionSettings, masks: Tensor, *parameters: Tensor
+    ) -> Any:
+        gaussians = Gaussians(*(parameter.detach() for parameter in parameters))
+        splats = body.project(gaussians, views, settings, masks=masks.detach())
+        splats.rows = splats.rows.detach()
+        ctx.call = (body, views, settings, gaussians, splats)
+        return splats.rows.clone(), splats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_rows: Tensor, _: None) -> Any:
+        body, views, settings, gaussians, splats = ctx.call
+        *d_parameters, d_masks = body.project_backward(gaussians, views, settings, splats, d_rows.contiguous())
+        return None, None, None, d_masks, *d_parameters
+
+
+class _Rasterize(torch.autograd.Function):
+    """The body's `rasterize` / `rasterize_backward` pair for one view: rows (M, 10) to rgb and transmittance."""
+
+    @staticmethod
+    def forward(ctx: Any, body: Body, splats: Splats, view: int, rows: Tensor, background: Tensor, size: Any) -> Any:
+        splats = dataclasses.replace(splats, rows=rows.detach().contiguous())
+        frame = body.rasterize(splats, view, size, background.detach())
+        ctx.call = (body, splats, frame)
+        return frame.rgb.clone(), frame.transmittance.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_rgb: Tensor, d_transmittance: Tensor) -> Any:
+        body, splats, frame = ctx.call
+        d_rows = torch.zeros_like(splats.rows)
+        body.rasterize_backward(splats, frame, d_rgb.contiguous(), d_rows, d_transmittance=d_transmittance.contiguous())
+        d_background = torch.einsum("hwc,hw->c", d_rgb, frame.transmittance)
+        return None, None, None, d_rows, d_background, None
+
+
+def rasterization(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    colors: Tensor,
+    viewmats: Tensor,
+    Ks: Tensor,
+    width: int,
+    height: int,
+    *,
+    masks: Tensor | None = None,
+    sh_degree: int | None = None,
+    backgrounds: Tensor | None = None,
+    near_plane: float = 0.2,
+    far_plane: float = 1e10,
+    eps2d: float = 0.3,
+    antialiased: bool = False,
+    absgrad: bool = False,
+    render_mode: str = "RGB",
+    packed: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Images, alphas and meta of N masked Gaussians seen by C pinhole cameras; differentiable by autograd.
+
+    Args:
+        means, quats, scales, opacities: (N, 3) world; (N, 4) w, x, y, z; (N, 3) world, not log; (N,) in [0, 1].
+        colors: (N, D) or (C, N, D); with `sh_degree` the coefficients (N, K, 3), K >= (sh_degree + 1)^2.
+        viewmats, Ks: (C, 4, 4) world to camera (x right, y down, z forward); (C, 3, 3) in pixels. No gradient.
+        masks: (N,) in [0, 1], default 1; a masked Gaussian composites with alpha m alpha.
+        backgrounds: (C, D), default black.
+        render_mode: "RGB", accumulated depth "D", expected depth "ED", or "RGB+D", "RGB+ED" (depth comes last).
+        packed: whether meta holds (M, ...) rows with camera_ids and gaussian_ids, or (C, N, ...) with zeros.
+
+    Returns:
+        images (C, height, width, channels), alphas (C, height, width, 1) = 1 - transmittance, and meta as gsplat's:
+        means2d (pixels; call retain_grad on it), radii, depths, conics, opacities, width, height, n_cameras, ...
+
+    Raises:
+        ValueError: what was given and what was expected.
+    """
+    tensors = {"means": means, "quats": quats, "scales": scales, "opacities": opacities, "colors": colors}
+    tensors |= {"viewmats": viewmats, "Ks": Ks}
+    tensors |= {name: tensor for name, tensor in (("masks", masks), ("backgrounds", backgrounds)) if tensor is not None}
+    inputs = _check_inputs(tensors, int(width), int(height), sh_degree, render_mode)
+    if absgrad:
+        raise ValueError("absgrad=True: no masksplat body gives absolute gradients of means2d; pass absgrad=False.")
+    settings = ProjectionSettings(sh_degree, near_plane, far_plane, eps2d, antialiased, activated=True)
+    body = get_body(backend)
+    rows, splats = _project(body, inputs, settings)
+    meta, rows = _describe(rows, splats, inputs, packed)
+    channels = _splat_channels(rows, splats, inputs)
+    images, alphas = _render(body, splats, rows, channels, inputs)
+    return images, alphas, meta
+
+
+def _expect(name: str, tensor: Tensor, *shapes: tuple[int | str, ...]) -> None:
+    """Raises ValueError unless the tensor has one of the shapes; a string stands for any size."""
+    for shape in shapes:
+        if tensor.ndim == len(shape) and all(
+            isinstance(want, str) or size == want for size, want in zip(tensor.shape, shape, strict=True)
+        ):
+            return
+    wanted = " or ".join("[" + ", ".join(map(str, shape)) + "]" for shape in shapes)
+    raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {wanted}.")
+
+
+def _check_kinds(tensors: dict[str, Tensor]) -> None:
+    means = tensors["means"]
+    if means.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"means is {means.dtype}; expected torch.float32 or torch.float64.")
+    for name, tensor in tensors.items():
+        if tensor.dtype != means.dtype or tensor.device != means.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}; expected {means.dtype} on {means.device}, as means."
+            )
+    for name in ("viewmats", "Ks"):
+        if tensors[name].requires_grad:
+            raise ValueError(f"{name} requires a gradient, which masksplat does not compute; pass {name}.detach().")
+
+
+def _check_inputs(
+    tensors: dict[str, Tensor], width: int, height: int, sh_degree: int | None, render_mode: str
+) -> _Inputs:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor.")
+    if render_mode not in RENDER_MODES:
+        raise ValueError(f"render_mode is {render_mode!r}; expected one of {', '.join(RENDER_MODES)}.")
+    if width < 1 or height < 1:
+        raise ValueError(f"the image is {width} x {height} pixels; expected at least 1 x 1.")
+    _expect("means", tensors["means"], ("N", 3))
+    _expect("viewmats", tensors["viewmats"], ("C", 4, 4))
+    count, cameras = tensors["means"].shape[0], tensors["viewmats"].shape[0]
+    _expect("quats", tensors["quats"], (count, 4))
+    _expect("scales", tensors["scales"], (count, 3))
+    _expect("opacities", tensors["opacities"], (count,))
+    _expect("Ks", tensors["Ks"], (cameras, 3, 3))
+    if cameras < 1:
+        raise ValueError("viewmats holds no camera; expected at least one.")
+    if sh_degree is None:
+        _expect("colors", tensors["colors"], (count, "D"), (cameras, count, "D"))
+        num_channels = tensors["colors"].shape[-1]
+    else:
+        _check_harmonics(tensors["colors"], count, sh_degree)
+        num_channels = 3
+    if "masks" in tensors:
+        _expect("masks", tensors["masks"], (count,))
+    if "backgrounds" in tensors:
+        _expect("backgrounds", tensors["backgrounds"], (cameras, num_channels))
+    _check_kinds(tensors)
+    views = Views(tensors["viewmats"], tensors["Ks"], ((width, height),) * cameras)
+    return _Inputs(tensors, views, sh_degree, render_mode)
+
+
+def _check_harmonics(colors: Tensor, count: int, sh_degree: int) -> None:
+    if not 0 <= sh_degree <= 3:
+        raise ValueError(f"sh_degree is {sh_degree}; expected None or 0 to 3.")
+    _expect("colors", colors, (count, "K", 3))
+    if colors.shape[1] < (sh_degree + 1) ** 2:
+        raise ValueError(
+            f"colors holds {colors.shape[1]} SH coefficients; sh_degree {sh_degree} needs {(sh_degree + 1) ** 2}."
+        )
+
+
+def _project(body: Body, inputs: _Inputs, settings: ProjectionSettings) -> tuple[Tensor, Splats]:
+    tensors = inputs.tensors
+    means, opacities = tensors["means"], tensors["opacities"]
+    masks = tensors.get("masks", torch.ones_like(opacities))
+    if inputs.sh_degree is None:
+        sh0, shN = torch.zeros_like(means), means.new_zeros(len(means), 0, 3)
+    else:
+        used = (inputs.sh_degree + 1) ** 2
+        sh0, shN = tensors["colors"][:, 0], tensors["colors"][:, 1:used]
+    parameters = [means, tensors["quats"], tensors["scales"], opacities, sh0, shN]
+    return _Project.apply(body, inputs.views, settings, masks, *(parameter.contiguous() for parameter in parameters))
+
+
+def _camera_ids(splats: Splats) -> Tensor:
+    """(M,) int64 view of each packed row."""
+    counts = (splats.view_offsets[1:] - splats.view_offsets[:-1]).to(splats.rows.device)
+    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+
+
+def _radii(rows: Tensor) -> Tensor:
+    """(M, 2) int32 half extents in pixels of the ellipse where alpha can reach 1/255, rounded up."""
+    a, b, c, opacity = rows[:, 2:6].detach().unbind(-1)
+    t = 2.0 * torch.log(opacity / ALPHA_MIN).clamp(min=0.0)
+    variances = torch.stack((c, a), dim=-1) / (a * c - b * b)[:, None]
+    return torch.ceil(torch.sqrt(t[:, None] * variances)).to(torch.int32)
+
+
+def _describe(rows: Tensor, splats: Splats, inputs: _Inputs, packed: bool) -> tuple[dict[str, Any], Tensor]:
+    """Gsplat's meta, and the rows again with their means taken through meta["means2d"]."""
+    camera_ids, gaussian_ids = _camera_ids(splats), splats.gaussians.long()
+    width, height = inputs.views.sizes[0]
+    per_splat = {
+        "means2d": rows[:, 0:2],
+        "conics": rows[:, 2:5],
+        "opacities": rows[:, 5],
+        "depths": splats.depths.detach(),
+        "radii": _radii(rows),
+    }
+    if not packed:
+        shape = (len(inputs.views), inputs.tensors["means"].shape[0])
+        place = (camera_ids, gaussian_ids)
+        per_splat = {
+            name: values.new_zeros(*shape, *values.shape[1:]).index_put(place, values)
+            for name, values in per_splat.items()
+        }
+    means2d = per_splat["means2d"] if packed else per_splat["means2d"][camera_ids, gaussian_ids]
+    meta: dict[str, Any] = dict(per_splat)
+    if packed:
+        meta |= {"camera_ids": camera_ids, "gaussian_ids": gaussian_ids}
+    meta |= {"width": width, "height": height, "n_cameras": len(inputs.views), "tile_size": TILE}
+    meta |= {"tile_width": -(-width // TILE), "tile_height": -(-height // TILE)}
+    return meta, torch.cat((means2d, rows[:, 2:]), dim=1)
+
+
+def _depths(splats: Splats, camera_ids: Tensor, inputs: _Inputs) -> Tensor:
+    """(M, 1) camera z, differentiable in the means."""
+    axes = inputs.views.viewmats[camera_ids, 2]
+    points = inputs.tensors["means"].index_select(0, splats.gaussians.long())
+    return (axes[:, :3] * points).sum(-1, keepdim=True) + axes[:, 3:]
+
+
+def _splat_channels(rows: Tensor, splats: Splats, inputs: _Inputs) -> Tensor:
+    """(M, channels) what each splat contributes to the image's channels."""
+    parts, camera_ids = [], _camera_ids(splats)
+    if "RGB" in inputs.render_mode:
+        colors = inputs.tensors["colors"]
+        if inputs.sh_degree is not None:
+            parts.append(rows[:, 6:9])
+        elif colors.ndim == 3:
+            parts.append(colors[camera_ids, splats.gaussians.long()])
+        else:
+            parts.append(colors.index_select(0, splats.gaussians.long()))
+    if "D" in inputs.render_mode:
+        parts.append(_depths(splats, camera_ids, inputs))
+    return torch.cat(parts, dim=1)
+
+
+def _backgrounds(inputs: _Inputs, num_channels: int) -> Tensor:
+    """(C, channels) backgrounds; black where none was given, and zero for depth."""
+    means = inputs.tensors["means"]
+    given = inputs.tensors.get("backgrounds")
+    if given is None or "RGB" not in inputs.render_mode:
+        return means.new_zeros(len(inputs.views), num_channels)
+    return F.pad(given, (0, num_channels - given.shape[1]))
+
+
+def _render(body: Body, splats: Splats, rows: Tensor, channels: Tensor, inputs: _Inputs) -> tuple[Tensor, Tensor]:
+    """Images (C, h, w, channels) and alphas (C, h, w, 1), three channels a pass."""
+    num_channels = channels.shape[1]
+    padding = (0, -num_channels % _CHANNELS)
+    padded, backgrounds = F.pad(channels, padding), F.pad(_backgrounds(inputs, num_channels), padding)
+    images, alphas = [], []
+    for view, size in enumerate(inputs.views.sizes):
+        passes = []
+        for first in range(0, padded.shape[1], _CHANNELS):
+            part = slice(first, first + _CHANNELS)
+            painted = torch.cat((rows[:, :6], padded[:, part], rows[:, 9:]), dim=1)
+            passes.append(_Rasterize.apply(body, splats, view, painted, backgrounds[view, part], size))
+        images.append(torch.cat([rgb for rgb, _ in passes], dim=-1)[..., :num_channels])
+        alphas.append(1.0 - passes[0][1][..., None])
+    image, alpha = torch.stack(images), torch.stack(alphas)
+    if inputs.render_mode.endswith("ED"):
+        image = torch.cat((image[..., :-1], image[..., -1:] / alpha.clamp(min=SMALLEST_ALPHA)), dim=-1)
+    return image, alpha
