@@ -20,7 +20,7 @@ from kernel_scenes import (
     with_parameters,
 )
 from masksplat.ops import get_body
-from masksplat.reference import compositing, harmonics, photometric, projection
+from masksplat.reference import compositing, harmonics, projection
 from masksplat.types import SLOT_NO_PIXEL, SLOT_UNSEEN, AdamStep, Gaussians, Splats
 
 BODY = get_body("reference")
@@ -468,9 +468,3 @@ def test_wrong_sh_degree_is_refused():
         BODY.project(gaussians, views, settings_for(2))
     with pytest.raises(ValueError, match="SH degree is 4"):
         harmonics.sh_bases(torch.zeros(1, 3), 4)
-
-
-def test_photometric_refuses_a_strip_without_its_halo():
-    rgb, target = torch.zeros(12, 4, 3), torch.zeros(12, 4, 3, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="SSIM needs 5 rows above and 5 below"):
-        photometric.photometric(rgb, target, 0.2, own_rows=(0, 7), image_height=40, row_start=10)
