@@ -16,6 +16,7 @@ from launch.progress import TrainingProgress
 from launch.recorder import Recorder
 from launch.run import run_main, tee_output
 from launch.training import Training, build_training
+from scene.errors import InputError
 from scene.model_folder import ModelFolder
 from scene.ply import save_point_cloud
 from strategies.schedule import Window
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     config = parse_train(arguments)
     if config.logging.doctor:
         return run_doctor(config)
-    communicator = Communicator.from_environment()
+    communicator = join_world()
     folder = ModelFolder.create(config.model.model_path)
     with tee_output(folder.train_log, quiet=config.logging.quiet):
         for notice in config.notices:
@@ -35,6 +36,14 @@ def main(arguments: Sequence[str]) -> int:
         describe(folder, training, arguments)
         train(training, folder)
     return 0
+
+
+def join_world() -> Communicator:
+    """This process's place among the processes of the run. Raises: InputError when there are several."""
+    try:
+        return Communicator.from_environment()
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def describe(folder: ModelFolder, training: Training, arguments: Sequence[str]) -> None:
@@ -77,15 +86,16 @@ def train_step(training: Training, recorder: Recorder, step: int) -> None:
         training.body, table, batch, mask, training.step_settings(window), training.adam_steps(window), phases
     )
     with phases("masks"):
-        numbers = strategy.after_backward(table, window, gate, result.d_mask, training.scaling)
+        numbers = strategy.after_backward(table, window, gate, result.d_mask, training.mask_scaling)
     table.num_updates += 1
+    loss = result.image_loss(training.config.optimization.lambda_dssim) + numbers.get("mask_loss", 0.0)
+    require_finite(loss, window)
+    # Measured and saved before the edits, as in 3DGS: fresh clones and reset opacities have not been trained yet.
+    recorder.after_update(window, result, numbers, loss)
     with phases("density control"):
         for edit in strategy.after_step(table, window, seed):
             table.apply(edit)
             recorder.edit(edit.report)
-    loss = result.image_loss(training.config.optimization.lambda_dssim) + numbers.get("mask_loss", 0.0)
-    require_finite(loss, window)
-    recorder.after_step(window, result, numbers, loss)
 
 
 def require_finite(loss: float, window: Window) -> None:

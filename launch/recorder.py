@@ -52,7 +52,7 @@ class Recorder:
         )
         self._resumed = time.perf_counter()
 
-    def after_step(self, window: Window, result: StepResult, numbers: dict[str, float], loss: float) -> None:
+    def after_update(self, window: Window, result: StepResult, numbers: dict[str, float], loss: float) -> None:
         """Progress bar in every step; a line and a histogram at every log interval; measures and models when due."""
         training = self.training
         self.progress.advance(min(window.size, training.config.optimization.iterations - window.first + 1))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -91,6 +91,11 @@ class Training:
         view_weight = self.scaling.view_weight * optimization.lr_scale_loss
         return StepSettings(projection, optimization.lambda_dssim, view_weight)
 
+    @property
+    def mask_scaling(self) -> OptimizerScaling:
+        """The optimizer's numbers for what the strategy learns; --stop_update_param stops that, too."""
+        return replace(self.scaling, lr_factor=0.0) if self.config.debug.stop_update_param else self.scaling
+
     def adam_steps(self, window: Window) -> list[AdamStep]:
         """This step's Adam numbers of each kernel attribute."""
         optimization = self.config.optimization
@@ -114,7 +119,7 @@ def build_training(config: TrainConfig, communicator: Communicator, *, show_prog
     """
     threads = config.pipeline.threads or available_cores()
     torch.set_num_threads(1)  # the kernels bring their own threads, and OpenMP's would spin beside them
-    scene = load_scene(config.model.source_path, pick(SceneOptions, config.model))
+    scene = load_scene(config.model.source_path, pick(SceneOptions, config.model), progress=show_progress)
     table = initial_table(config, scene, show_progress=show_progress)
     optimization = config.optimization
     density = None if config.density.disable_auto_densification else pick(DensityConfig, config.density, config.model)
