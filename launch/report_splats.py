@@ -15,15 +15,17 @@ The pane has no spherical harmonics: a splat's colour is its mean colour as seen
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from masksplat.reference.harmonics import sh_colors
 from scene.errors import InputError
@@ -32,6 +34,7 @@ MOST_SPLATS = 300_000
 MOST_CAMERAS = 150
 MOST_TOUR_STOPS = 24
 COLOR_CAMERAS = 12
+ROWS_PER_BLOCK = 1 << 14  # keeps the intermediate values within the cache
 LOG_SCALE_SPAN = 14.0  # e-foldings between the smallest and the largest splat that are told apart
 
 
@@ -144,21 +147,42 @@ def up_direction(cameras: Sequence[ViewerCamera]) -> np.ndarray:
 
 
 def mean_colors(params: Mapping[str, np.ndarray], cameras: Sequence[ViewerCamera]) -> np.ndarray:
-    """Return (N, 3) colours in [0, 1]: means over the cameras that see a splat, over all of them if none does."""
+    """Return (N, 3) colours in [0, 1]: means over the cameras that see a splat, the base colour if none does."""
+    chosen = [cameras[index] for index in _spread(len(cameras), COLOR_CAMERAS)]
     means, sh0, higher = (torch.from_numpy(np.ascontiguousarray(params[name])) for name in ("means", "sh0", "shN"))
+    with _one_thread():
+        blocks = [
+            _block_colors(means[rows], sh0[rows], higher[rows], chosen)
+            for rows in torch.arange(len(means)).split(ROWS_PER_BLOCK)
+        ]
+    return torch.cat(blocks).clamp(0, 1).numpy()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch compute with one thread: for many short operations its threads cost more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _block_colors(means: Tensor, sh0: Tensor, higher: Tensor, cameras: Sequence[ViewerCamera]) -> Tensor:
+    """Return the mean colours of some rows, (n, 3)."""
     degree = {0: 0, 3: 1, 8: 2, 15: 3}[higher.shape[1]]
-    total, weight = torch.zeros_like(means), torch.zeros(len(means), 1)
-    for index in _spread(len(cameras), COLOR_CAMERAS):
-        camera = cameras[index]
+    total, num_seen = torch.zeros_like(means), torch.zeros(len(means), 1)
+    for camera in cameras:
         offsets = means - torch.from_numpy(camera.position).float()
         x, y, z = (offsets @ torch.from_numpy(camera.rotation).float()).unbind(-1)
         is_seen = (z > 0) & (x.abs() * 2 * camera.fx <= 1.1 * z * camera.width)
-        is_seen &= y.abs() * 2 * camera.fy <= 1.1 * z * camera.height
-        share = (is_seen.float() + 1e-4)[:, None]
-        directions = torch.nn.functional.normalize(offsets, dim=-1)
-        total += share * sh_colors(directions, sh0, higher, degree)
-        weight += share
-    return (total / weight).clamp(0, 1).numpy()
+        seen = (is_seen & (y.abs() * 2 * camera.fy <= 1.1 * z * camera.height)).nonzero()[:, 0]
+        directions = torch.nn.functional.normalize(offsets[seen], dim=-1)
+        total[seen] += sh_colors(directions, sh0[seen], higher[seen], degree)
+        num_seen[seen] += 1.0
+    base = sh_colors(torch.zeros_like(means), sh0, higher, 0)
+    return torch.where(num_seen > 0, total / num_seen.clamp(min=1.0), base)
 
 
 def _frame_of(means: np.ndarray) -> tuple[np.ndarray, float]:
