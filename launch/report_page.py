@@ -199,7 +199,20 @@ def _view_table(views: Sequence[View], lpips_name: str) -> str:
     psnrs = [view.psnr for view in views if view.psnr is not None]
     low, high = (min(psnrs), max(psnrs)) if psnrs else (0.0, 0.0)
     rows = "".join(_view_row(view, [key for key, _ in columns], low, high) for view in views)
-    return f'<table id="view-table"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    foot = "".join(f"<td>{_mean(views, key)}</td>" for key, _ in columns[1:])
+    foot = f"<tfoot><tr><td>Mean</td>{foot}</tr></tfoot>"
+    return f'<table id="view-table"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody>{foot}</table>'
+
+
+def _mean(views: Sequence[View], key: str) -> str:
+    """Return the mean of a measure over the views that have it."""
+    values = [getattr(view, key) for view in views if getattr(view, key) is not None]
+    return _measure(key, sum(values) / len(values))
+
+
+def _measure(key: str, value: float) -> str:
+    """Return a measure with the digits that are usual for it."""
+    return f"{value:.2f}" if key == "psnr" else f"{value:.4f}"
 
 
 def _view_row(view: View, keys: Sequence[str], low: float, high: float) -> str:
@@ -208,7 +221,7 @@ def _view_row(view: View, keys: Sequence[str], low: float, high: float) -> str:
     cells = [f'<td title="{name}">{name}{badge}</td>']
     for key in keys[1:]:
         value = getattr(view, key)
-        text = "" if value is None else f"{value:.2f}" if key == "psnr" else f"{value:.4f}"
+        text = "" if value is None else _measure(key, value)
         if key == "psnr" and value is not None:
             share = 100 * (0.12 + 0.88 * (value - low) / (high - low)) if high > low else 100
             text = f'<span class="meter"><i style="width: {share:.0f}%"></i></span>{text}'

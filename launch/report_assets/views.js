@@ -8,7 +8,7 @@ function compareViews(views) {
   if (!pictured.length || !stage) return;
   const strip = document.getElementById("strip");
   const thumbs = new Map(pictured.map((view) => [view, thumbnail(strip, view, () => show(view))]));
-  const slide = slider(stage);
+  const slide = slider(stage, Math.max(...pictured.map((view) => view.height / view.width)));
   let current = null;
   function show(view) {
     if (!view.photo) return;
@@ -53,8 +53,8 @@ function thumbnail(strip, view, onclick) {
   return button;
 }
 
-/** The stage with both images; the pointer or the arrow keys move the split. */
-function slider(stage) {
+/** The stage with both images, high enough for the tallest; the pointer or the arrow keys move the split. */
+function slider(stage, tallest) {
   const frame = stage.querySelector(".frame");
   const images = ["photo", "render", "difference"].map((name) => frame.querySelector("." + name));
   let split = 50, aspect = 1;
@@ -64,6 +64,7 @@ function slider(stage) {
     frame.setAttribute("aria-valuenow", String(Math.round(split)));
   };
   const fit = () => {
+    stage.style.height = Math.max(220, Math.min(innerHeight * 0.66, 640, stage.clientWidth * tallest)) + "px";
     const height = Math.min(stage.clientHeight, stage.clientWidth / aspect);
     frame.style.width = height * aspect + "px";
     frame.style.height = height + "px";
@@ -78,7 +79,7 @@ function slider(stage) {
     const step = { ArrowLeft: -2, ArrowRight: 2, Home: -100, End: 100 }[event.key];
     if (step) { event.preventDefault(); set(split + step); }
   };
-  new ResizeObserver(fit).observe(stage);
+  new ResizeObserver(() => requestAnimationFrame(fit)).observe(stage); // fit changes what is observed: not in its own callback
   set(50);
   return { show(view) {
     [images[0].src, images[1].src, images[2].src] = [view.photo, view.render, view.difference];
