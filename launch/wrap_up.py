@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What follows a training: views rendered and measured from what was saved, as render.py would, and the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launch.config import RenderConfig, RenderFlags, TrainConfig
+from launch.measure import Measures, choose_measures, measure_model, print_results
+from launch.render_views import render_model
+from launch.report import write_report
+
+MOST_TRAIN_VIEWS = 12  # rendered for the report of a run without test views
+
+
+def wrap_up(config: TrainConfig, *, num_train: int, num_test: int) -> Path | None:
+    """Render, measure and report the newest saved model of a training that has ended; return the report's path.
+
+    `--render_and_evaluate` renders both sets and measures the test views with LPIPS, as the LP-3DGS programs do. The
+    report alone needs the test views, or some training views without them, and PSNR and SSIM.
+
+    Raises:
+        InputError: something cannot be read or written.
+    """
+    quiet, model_path = config.logging.quiet, config.model.model_path
+    is_full = config.logging.render_and_evaluate
+    if is_full or config.logging.report:
+        flags = RenderFlags(quiet=quiet) if is_full else _flags_for_report(num_train, num_test, quiet=quiet)
+        render_model(RenderConfig(config.model, config.pipeline, flags))
+        measures = choose_measures("auto") if is_full and num_test else Measures()
+        results = measure_model(model_path, "test" if num_test else "train", measures=measures, progress=not quiet)
+        if not quiet:
+            print_results(model_path, results)
+    if not config.logging.report:
+        return None
+    report = write_report(model_path)
+    print(f"Report: {report.absolute()}")
+    return report
+
+
+def _flags_for_report(num_train: int, num_test: int, *, quiet: bool) -> RenderFlags:
+    """Return which views the report shows: the test views, or some training views when there are none."""
+    if num_test:
+        return RenderFlags(skip_train=True, quiet=quiet)
+    return RenderFlags(skip_test=True, sample_freq=max(1, -(-num_train // MOST_TRAIN_VIEWS)), quiet=quiet)
