@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from masksplat import random
 
 # Known-answer vectors of Random123 1.09 (kat_vectors, philox4x32 with 10 rounds): counter, key, output.

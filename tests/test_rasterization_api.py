@@ -434,3 +434,9 @@ def test_make_views_has_an_off_centre_principal_point():
     """The scenes above would not notice a swapped or ignored principal point otherwise."""
     K = make_views(SIZE).intrinsics[0]
     assert abs(K[0, 2] - SIZE[0] / 2) > 0.5 and abs(K[1, 2] - SIZE[1] / 2) > 0.5 and K[0, 0] != K[1, 1]
+
+
+def test_the_package_offers_the_call_as_gsplat_does():
+    import masksplat
+
+    assert masksplat.rasterization is rasterization

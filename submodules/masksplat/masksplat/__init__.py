@@ -4,3 +4,7 @@
 `rasterization` mirrors gsplat's call and adds differentiable per-Gaussian `masks`; `masksplat.ops` holds the
 forward/backward pairs a trainer calls. The package knows nothing about datasets, strategies or ranks.
 """
+
+from masksplat.rasterization import rasterization
+
+__all__ = ["rasterization"]

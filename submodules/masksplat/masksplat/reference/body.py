@@ -22,6 +22,7 @@ from masksplat.reference.compositing import (
     composite_batch,
     image_to_tiles,
     iterate_chunks,
+    listed_rows,
     pad_rows,
     tile_batches,
     tile_lists,
@@ -133,7 +134,7 @@ class ReferenceBody:
         pairs = torch.zeros(num_tiles, dtype=torch.int64, device=padded.device)
         tiles, values = [], []
         for batch in tile_batches(lists, last - first):
-            pixels = composite_batch(padded, batch, region, background)
+            pixels = composite_batch(listed_rows(padded, batch), padded[-1], batch, region, background)
             tiles.append(batch.tiles)
             values.append(torch.cat((pixels.rgb, pixels.transmittance[..., None]), dim=-1))
             pairs[batch.tiles] = pixels.pairs
@@ -164,7 +165,8 @@ class ReferenceBody:
         d_tiles = image_to_tiles(torch.cat((d_rgb, d_light[..., None]), dim=-1), region)
         total = torch.zeros_like(padded)
         for batch in tile_batches(lists, last - first):
-            total += _batch_gradient(padded, batch, region, background.detach(), d_tiles[batch.tiles])
+            gradient = _batch_gradient(padded, batch, region, background.detach(), d_tiles[batch.tiles])
+            total.index_add_(0, batch.splats.flatten(), gradient.flatten(0, 1))
         d_rows[first:last] += total[:-1]
 
     def photometric(
@@ -197,8 +199,8 @@ class ReferenceBody:
         largest, total = padded.new_zeros(len(padded)), padded.new_zeros(len(padded))
         for batch in tile_batches(_lists_of_view(splats, view, region), last - first):
             is_pixel = image_to_tiles(padded.new_ones(region.last - region.first, region.width, 1), region)
-            for chosen, weights, _ in iterate_chunks(padded, batch, region):
-                weights = weights * is_pixel[batch.tiles]
+            for part, weights, _ in iterate_chunks(listed_rows(padded, batch), padded[-1], batch, region):
+                chosen, weights = batch.splats[:, part], weights * is_pixel[batch.tiles]
                 largest.scatter_reduce_(0, chosen.flatten(), weights.amax(dim=1).flatten(), "amax")
                 total.index_add_(0, chosen.flatten(), weights.sum(dim=1).flatten())
         return largest[:-1], total[:-1]
@@ -216,10 +218,10 @@ def _add_statistics(statistics: Statistics, views: Views, splats: Splats, d_rows
 
 
 def _batch_gradient(rows: Tensor, batch: TileBatch, region: Region, background: Tensor, d_pixels: Tensor) -> Tensor:
-    """(V + 1, 10) gradient of one batch's pixels; `d_pixels` (G, P, 4) of rgb and transmittance."""
-    leaf = rows.detach().requires_grad_()
+    """(G, L, 10) gradient of one batch's pixels in its listed rows; `d_pixels` (G, P, 4) of rgb and transmittance."""
+    leaf = listed_rows(rows, batch).requires_grad_()
     with torch.enable_grad():
-        pixels = composite_batch(leaf, batch, region, background)
+        pixels = composite_batch(leaf, rows[-1], batch, region, background)
     (gradient,) = torch.autograd.grad(
         (pixels.rgb, pixels.transmittance), leaf, (d_pixels[..., :3].contiguous(), d_pixels[..., 3].contiguous())
     )

@@ -190,22 +190,6 @@ def chunk_weights(
     return weights, product[..., -1], light
 
 
-def iterate_chunks(rows: Tensor, batch: TileBatch, region: Region) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Splats (G, L), weights (G, P, L) and light (G, P) behind them, chunk after chunk; `rows` (V + 1, 10)."""
-    padding = len(rows) - 1
-    left = (batch.tiles % region.columns * TILE).to(rows.dtype)
-    top = (batch.tiles // region.columns * TILE + region.first).to(rows.dtype)
-    light = through = rows.new_ones(len(batch.tiles), PIXELS)
-    for start in range(0, batch.splats.shape[1], CHUNK):
-        splats = batch.splats[:, start : start + CHUNK]
-        taken = torch.cat((splats.new_full((len(splats), 1), padding), splats), dim=1)
-        chosen = rows.index_select(0, taken.flatten()).unflatten(0, taken.shape)
-        weights, through, light = chunk_weights(chosen, left, top, through, light)
-        yield splats, weights, light
-        if bool((through < TRANSMITTANCE_MIN).all()):  # host sync: early end
-            return
-
-
 def pad_rows(rows: Tensor) -> Tensor:
     """(V + 1, 10) with a last row that no pixel sees: opacity far below 1/255, mask 0."""
     nothing = rows.new_zeros(1, rows.shape[1])
@@ -213,16 +197,42 @@ def pad_rows(rows: Tensor) -> Tensor:
     return torch.cat((rows, nothing))
 
 
-def composite_batch(rows: Tensor, batch: TileBatch, region: Region, background: Tensor) -> TilePixels:
-    """Pixels of one batch of tiles; `rows` (V + 1, 10) from `pad_rows`, `background` (3,). Differentiable."""
-    rgb = rows.new_zeros(len(batch.tiles), PIXELS, 3)
-    light = rows.new_ones(len(batch.tiles), PIXELS)
-    pairs = torch.zeros(len(batch.tiles), dtype=torch.int64, device=rows.device)
-    for splats, weights, behind in iterate_chunks(rows, batch, region):
-        colors = rows.index_select(0, splats.flatten()).unflatten(0, splats.shape)[..., 6:9]
-        rgb = torch.baddbmm(rgb, weights, colors)
+def listed_rows(rows: Tensor, batch: TileBatch) -> Tensor:
+    """(G, L, 10) rows of a batch's lists, of `rows` (V + 1, 10) from `pad_rows`."""
+    return rows.index_select(0, batch.splats.flatten()).unflatten(0, batch.splats.shape)
+
+
+def iterate_chunks(
+    listed: Tensor, nothing: Tensor, batch: TileBatch, region: Region
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """List positions, weights (G, P, L) and light (G, P) behind them, chunk after chunk.
+
+    `listed` (G, L, 10) as from `listed_rows`, `nothing` (10,) the padding row.
+    """
+    left = (batch.tiles % region.columns * TILE).to(listed.dtype)
+    top = (batch.tiles // region.columns * TILE + region.first).to(listed.dtype)
+    light = through = listed.new_ones(len(listed), PIXELS)
+    leading = nothing.expand(len(listed), 1, -1)
+    for start in range(0, listed.shape[1], CHUNK):
+        part = slice(start, start + CHUNK)
+        weights, through, light = chunk_weights(torch.cat((leading, listed[:, part]), 1), left, top, through, light)
+        yield part, weights, light
+        if bool((through < TRANSMITTANCE_MIN).all()):  # host sync: early end
+            return
+
+
+def composite_batch(
+    listed: Tensor, nothing: Tensor, batch: TileBatch, region: Region, background: Tensor
+) -> TilePixels:
+    """Pixels of one batch of tiles, differentiable in `listed` (G, L, 10) and `background` (3,)."""
+    rgb = listed.new_zeros(len(listed), PIXELS, 3)
+    light = listed.new_ones(len(listed), PIXELS)
+    pairs = torch.zeros(len(listed), dtype=torch.int64, device=listed.device)
+    is_splat = listed[..., 5].detach() >= ALPHA_MIN
+    for part, weights, behind in iterate_chunks(listed, nothing, batch, region):
+        rgb = torch.baddbmm(rgb, weights, listed[:, part, 6:9])
         light = behind
-        pairs += PIXELS * (splats < len(rows) - 1).sum(dim=1)
+        pairs += PIXELS * is_splat[:, part].sum(dim=1)
     return TilePixels(rgb + light[..., None] * background, light, pairs)
 
 
