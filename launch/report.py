@@ -282,7 +282,9 @@ def _facts(material: Material) -> list[tuple[str, str]]:
     ]
     done = material.iteration or _last(material.log.steps, "iteration")
     if done:
-        facts.append((f"{int(done):,}", "iterations"))
+        planned = material.config.get("optimization", {}).get("iterations")
+        is_partial = isinstance(planned, int) and done < planned
+        facts.append((f"{int(done):,}", f"of {planned:,} iterations" if is_partial else "iterations"))
     if material.cameras:
         facts.append((f"{len(material.cameras)}", "photos"))
         sizes = {(camera.width, camera.height) for camera in material.cameras}

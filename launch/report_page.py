@@ -20,7 +20,7 @@ from launch.report_views import View
 
 ASSETS = Path(__file__).parent / "report_assets"
 SCRIPTS = ("charts.js", "views.js", "splats.js", "main.js")
-PHASE_COLORS = 6
+PHASE_COLORS = 8
 
 
 @dataclass(frozen=True)
