@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lists of splats per tile, in depth order with ties broken by id.
 
-An instance is a (splat, tile) pair. Instances are numbered splat by splat (in depth order), so that the backward
-writes each one's gradient to its own row and a splat's rows are contiguous: no atomics, one fixed order of sums.
+An instance is a (splat, tile) pair. Instances are numbered splat by splat, so that the backward writes each one's
+gradient to its own row and a splat's rows are contiguous: no atomics, one fixed order of sums. Splats are counted and
+emitted in the order they are stored in, which keeps memory access sequential; each tile sorts its own short list.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from masksplat.types import TILE
 Array = np.ndarray[Any, Any]
 
 NUM_CHUNKS = 8
-"""Depth ranges counted and emitted independently; more would cost memory (one histogram each) and gain nothing."""
+"""Ranges of splats counted and emitted independently; more would cost memory (one histogram each) and gain nothing."""
+
+NUM_DIGITS = 256
+"""Buckets of one radix pass: keys are sorted a byte at a time."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,11 @@ class TileLists:
 
     num_columns: int
     num_rows: int
-    order: Array  # (V,) int32 splat of the view, front to back
-    footprints: Array  # (V, 5) float64 by splat
+    footprints: Array  # (V, 5) float64
     tile_offsets: Array  # (T + 1,) int64 into the two lists below
-    splats: Array  # (I,) int32 splat of the view
+    splats: Array  # (I,) int32 splat of the view, front to back within a tile
     instances: Array  # (I,) int32 number of the instance
-    instance_offsets: Array  # (V + 1,) int64 by depth rank: instances of order[k] are [k], ..., [k + 1] - 1
+    instance_offsets: Array  # (V + 1,) int64: instances of splat s are [s], ..., [s + 1] - 1
 
     @property
     def num_tiles(self) -> int:
@@ -47,52 +50,33 @@ class TileLists:
         return int(self.splats.size)
 
 
-def depth_order(depths: Array, ids: Array) -> Array:
-    """Splats front to back, (V,) int32; equal depths in the order of their ids."""
-    order = np.argsort(depths)
-    _order_ties_by_id(order, depths, ids)
-    return order.astype(np.int32)
-
-
-@kernel
-def _order_ties_by_id(order, depths, ids):  # type: ignore[no-untyped-def]
-    """Insertion sort by id inside each run of equal depths (runs are short: clones before their first update)."""
-    for k in range(1, order.size):
-        moved = order[k]
-        j = k
-        while j > 0 and depths[order[j - 1]] == depths[moved] and ids[order[j - 1]] > ids[moved]:
-            order[j] = order[j - 1]
-            j -= 1
-        order[j] = moved
-
-
 def bin_splats(
     rows: Array, boxes: Array, depths: Array, ids: Array, *, width: int, pixel_rows: tuple[int, int], team: ThreadTeam
 ) -> TileLists:
     """Tile lists of the region of pixel rows `pixel_rows` for the V splats of one view."""
     num_columns = -(-width // TILE)
     num_rows = -(-(pixel_rows[1] - pixel_rows[0]) // TILE)
-    num_splats = rows.shape[0]
-    order = depth_order(depths, ids)
+    num_tiles, num_splats = num_columns * num_rows, rows.shape[0]
     footprints = np.empty((num_splats, NUM_FOOTPRINT), np.float64)
-    counts = np.zeros((NUM_CHUNKS, max(1, num_columns * num_rows)), np.int64)
-    per_splat = np.zeros(num_splats + 1, np.int64)
+    counts = np.zeros((NUM_CHUNKS, num_tiles), np.int64)
+    instance_offsets = np.zeros(num_splats + 1, np.int64)
     region = np.array([pixel_rows[0], pixel_rows[1], num_columns], np.int64)
-    team.run(_count, NUM_CHUNKS, rows, boxes, order, footprints, region, counts, per_splat)
-    instance_offsets = np.cumsum(per_splat)
+    team.run(_count, NUM_CHUNKS, rows, boxes, footprints, region, counts, instance_offsets)
+    np.cumsum(instance_offsets, out=instance_offsets)
     per_tile = counts.sum(axis=0)
-    tile_offsets = np.zeros(num_columns * num_rows + 1, np.int64)
-    np.cumsum(per_tile[: num_columns * num_rows], out=tile_offsets[1:])
-    cursors = np.cumsum(counts, axis=0) - counts + (np.cumsum(per_tile) - per_tile)
-    total = int(tile_offsets[-1])
-    splats, instances = np.empty(total, np.int32), np.empty(total, np.int32)
-    team.run(_emit, NUM_CHUNKS, rows, boxes, order, footprints, region, cursors, instance_offsets, splats, instances)
-    return TileLists(num_columns, num_rows, order, footprints, tile_offsets, splats, instances, instance_offsets)
+    tile_offsets = np.zeros(num_tiles + 1, np.int64)
+    np.cumsum(per_tile, out=tile_offsets[1:])
+    cursors = np.cumsum(counts, axis=0) - counts + tile_offsets[:-1]
+    splats, instances = np.empty(int(tile_offsets[-1]), np.int32), np.empty(int(tile_offsets[-1]), np.int32)
+    team.run(_emit, NUM_CHUNKS, rows, boxes, footprints, region, cursors, instance_offsets, splats, instances)
+    longest = int(per_tile.max(initial=0))
+    team.run(_sort_tiles, NUM_CHUNKS, tile_offsets, longest, sort_keys(depths), ids, splats, instances)
+    return TileLists(num_columns, num_rows, footprints, tile_offsets, splats, instances, instance_offsets)
 
 
-@device
-def _chunk(task, num_tasks, size):  # type: ignore[no-untyped-def]
-    return task * size // num_tasks, (task + 1) * size // num_tasks
+def sort_keys(depths: Array) -> Array:
+    """Unsigned integers in the order of the depths, which are positive: their bits, (V,) uint32 or uint64."""
+    return depths.view(np.uint32 if depths.dtype == np.float32 else np.uint64)
 
 
 @device
@@ -105,27 +89,25 @@ def _tile_rows(boxes, s, region):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _count(task, num_tasks, rows, boxes, order, footprints, region, counts, per_splat):  # type: ignore[no-untyped-def]
-    start, stop = _chunk(task, num_tasks, order.size)
-    for k in range(start, stop):
-        s = order[k]
-        write_footprint(footprints, s, rows[s, 2], rows[s, 3], rows[s, 4], rows[s, 5])
+def _count(task, num_tasks, rows, boxes, footprints, region, counts, offsets):  # type: ignore[no-untyped-def]
+    """Footprints, instances per tile (of this task) and, at offsets[s + 1], instances of splat s."""
+    for s in range(task * boxes.shape[0] // num_tasks, (task + 1) * boxes.shape[0] // num_tasks):
+        write_footprint(footprints, rows, boxes, s)
         first_row, last_row = _tile_rows(boxes, s, region)
         total = 0
         for tile_row in range(first_row, last_row):
             first, last = tiles_of_row(footprints, rows, boxes, s, tile_row, region[0])
             for column in range(first, last):
                 counts[task, tile_row * region[2] + column] += 1
-            total += last - first
-        per_splat[k + 1] = total
+            total += max(0, last - first)
+        offsets[s + 1] = total
 
 
 @kernel
-def _emit(task, num_tasks, rows, boxes, order, footprints, region, cursors, offsets, splats, instances):  # type: ignore[no-untyped-def]
-    start, stop = _chunk(task, num_tasks, order.size)
-    for k in range(start, stop):
-        s = order[k]
-        instance = offsets[k]
+def _emit(task, num_tasks, rows, boxes, footprints, region, cursors, offsets, splats, instances):  # type: ignore[no-untyped-def]
+    """Put every instance of this task into its tile's list."""
+    for s in range(task * boxes.shape[0] // num_tasks, (task + 1) * boxes.shape[0] // num_tasks):
+        instance = offsets[s]
         first_row, last_row = _tile_rows(boxes, s, region)
         for tile_row in range(first_row, last_row):
             first, last = tiles_of_row(footprints, rows, boxes, s, tile_row, region[0])
@@ -136,3 +118,48 @@ def _emit(task, num_tasks, rows, boxes, order, footprints, region, cursors, offs
                 instances[at] = instance
                 cursors[task, tile] = at + 1
                 instance += 1
+
+
+@kernel
+def _sort_tiles(task, num_tasks, tile_offsets, longest, keys, ids, splats, instances):  # type: ignore[no-untyped-def]
+    """Sort the lists of tiles task, task + num_tasks, ... front to back; equal depths in the order of their ids."""
+    spare_splats, spare_instances = np.empty(longest, np.int32), np.empty(longest, np.int32)
+    ends = np.empty(NUM_DIGITS, np.int64)
+    for tile in range(task, tile_offsets.size - 1, num_tasks):
+        start, stop = tile_offsets[tile], tile_offsets[tile + 1]
+        for digit in range(keys.itemsize):
+            _radix_pass(start, stop, digit, keys, splats, instances, spare_splats, spare_instances, ends)
+        _order_ties_by_id(start, stop, keys, ids, splats, instances)
+
+
+@device
+def _radix_pass(start, stop, digit, keys, splats, instances, spare_splats, spare_instances, ends):  # type: ignore[no-untyped-def]
+    """Stable sort of a list by one byte of its keys; nothing is moved when all share it."""
+    shift, mask = keys.dtype.type(8 * digit), keys.dtype.type(NUM_DIGITS - 1)
+    ends[:] = 0
+    for at in range(start, stop):
+        ends[(keys[splats[at]] >> shift) & mask] += 1
+    total = 0
+    for bucket in range(NUM_DIGITS):
+        if ends[bucket] == stop - start:
+            return
+        total, ends[bucket] = total + ends[bucket], total
+    for at in range(start, stop):
+        bucket = (keys[splats[at]] >> shift) & mask
+        spare_splats[ends[bucket]] = splats[at]
+        spare_instances[ends[bucket]] = instances[at]
+        ends[bucket] += 1
+    for at in range(start, stop):
+        splats[at] = spare_splats[at - start]
+        instances[at] = spare_instances[at - start]
+
+
+@device
+def _order_ties_by_id(start, stop, keys, ids, splats, instances):  # type: ignore[no-untyped-def]
+    """Insertion sort by id inside each run of equal depths (runs are short: clones before their first update)."""
+    for at in range(start + 1, stop):
+        splat, instance, k = splats[at], instances[at], at
+        while k > start and keys[splats[k - 1]] == keys[splat] and ids[splats[k - 1]] > ids[splat]:
+            splats[k], instances[k] = splats[k - 1], instances[k - 1]
+            k -= 1
+        splats[k], instances[k] = splat, instance

@@ -202,7 +202,7 @@ class CpuBody:
             d_light, gradients,
         )  # fmt: skip
         self.team.run(
-            sum_instances, self.num_tasks, lists.order, lists.instance_offsets, gradients, _array(d_rows)[first:last]
+            sum_instances, self.num_tasks, lists.instance_offsets, gradients, _array(d_rows)[first:last]
         )
 
     def photometric(
@@ -251,7 +251,7 @@ class CpuBody:
             lists.instances, region, scores,
         )  # fmt: skip
         maximum, total = np.zeros(packed.shape[0], packed.dtype), np.zeros(packed.shape[0], packed.dtype)
-        sum_scores(lists.order, lists.instance_offsets, scores, maximum, total)
+        sum_scores(lists.instance_offsets, scores, maximum, total)
         return torch.from_numpy(maximum), torch.from_numpy(total)
 
 

@@ -24,20 +24,26 @@ MARGIN_PIXELS = 0.01
 RELIABLE = 1e-6
 """Splats with D below this share of a c are not cut by bands: their box alone bounds them."""
 
+NARROW = 8
+"""Splats whose box has at most so many columns are not cut by bands either: two blocks of pixels are cheap."""
+
 NUM_FOOTPRINT = 5
 
 
 @device
-def write_footprint(footprints, k, a, b, c, opacity):  # type: ignore[no-untyped-def]
-    """footprints[k] = (a t, D, dy_max, dy_star, usable): what `span_of_band` needs."""
-    t = 2.0 * math.log(np.float64(opacity) / ALPHA_MIN) + MARGIN_T
-    det = np.float64(a) * np.float64(c) - np.float64(b) * np.float64(b)
-    usable = t > 0.0 and det > RELIABLE * np.float64(a) * np.float64(c)
-    footprints[k, 0] = np.float64(a) * t
-    footprints[k, 1] = det
-    footprints[k, 2] = math.sqrt(footprints[k, 0] / det) if usable else 0.0
-    footprints[k, 3] = -np.float64(b) * math.sqrt(t / (np.float64(c) * det)) if usable else 0.0
-    footprints[k, 4] = 1.0 if usable else 0.0
+def write_footprint(footprints, rows, boxes, s):  # type: ignore[no-untyped-def]
+    """footprints[s] = (a t, D, dy_max, dy_star, usable): what `span_of_band` needs of splat s."""
+    footprints[s, 4] = 0.0
+    if boxes[s, 2] - boxes[s, 0] <= NARROW:
+        return
+    a, b, c = np.float64(rows[s, 2]), np.float64(rows[s, 3]), np.float64(rows[s, 4])
+    t = 2.0 * math.log(np.float64(rows[s, 5]) / ALPHA_MIN) + MARGIN_T
+    det = a * c - b * b
+    if t > 0.0 and det > RELIABLE * a * c:
+        footprints[s, 0], footprints[s, 1] = a * t, det
+        footprints[s, 2] = math.sqrt(a * t / det)
+        footprints[s, 3] = -b * math.sqrt(t / (c * det))
+        footprints[s, 4] = 1.0
 
 
 @device

@@ -24,7 +24,7 @@ from masksplat.cpu.geometry import (
     view_direction,
 )
 from masksplat.cpu.kernel import device, kernel
-from masksplat.cpu.spherical_harmonics import write_basis
+from masksplat.cpu.spherical_harmonics import colour_of, colour_scratch
 from masksplat.types import ALPHA_MIN, NUM_ROW_COLUMNS, SLOT_NO_PIXEL, SLOT_UNSEEN, TILE
 
 
@@ -40,7 +40,7 @@ def project_rows(
     rows has 11 columns here: the last one is the depth.
     """
     start, stop = task * means.shape[0] // num_tasks, (task + 1) * means.shape[0] // num_tasks
-    basis = np.empty(16, means.dtype)
+    scratch = colour_scratch(means)
     packed = start
     for i in range(start, stop):
         slots[i] = SLOT_UNSEEN
@@ -51,7 +51,7 @@ def project_rows(
             i, x, y, z, quats, scales, opacities, camera, size, flags, limits, slots, rows, boxes, packed
         ):
             continue
-        write_colour(basis, flags[0], camera, means, sh0, shN, i, rows, packed)
+        write_colour(scratch, flags[0], camera, means, sh0, shN, i, rows, packed)
         rows[packed, 9] = masks[i]
         rows[packed, NUM_ROW_COLUMNS] = z
         slots[i] = packed - start
@@ -122,19 +122,14 @@ def write_box(boxes, packed, mean_x, mean_y, xx, yy, opacity, size):  # type: ig
 
 
 @device
-def write_colour(basis, degree, camera, means, sh0, shN, i, rows, packed):  # type: ignore[no-untyped-def]
+def write_colour(scratch, degree, camera, means, sh0, shN, i, rows, packed):  # type: ignore[no-untyped-def]
     """Colour of Gaussian i from this camera into rows[packed, 6:9]; degree -1 takes sh0 as the colour."""
     real = rows.dtype.type
     if degree < 0:
         rows[packed, 6], rows[packed, 7], rows[packed, 8] = sh0[i, 0], sh0[i, 1], sh0[i, 2]
         return
     x, y, z, _ = view_direction(camera, means, i)
-    write_basis(basis, degree, x, y, z)
-    red, green, blue = basis[0] * sh0[i, 0], basis[0] * sh0[i, 1], basis[0] * sh0[i, 2]
-    for k in range(1, (degree + 1) * (degree + 1)):
-        red += basis[k] * shN[i, k - 1, 0]
-        green += basis[k] * shN[i, k - 1, 1]
-        blue += basis[k] * shN[i, k - 1, 2]
+    red, green, blue = colour_of(scratch, degree, sh0, shN, i, x, y, z)
     half, zero = real(0.5), real(0)
     rows[packed, 6], rows[packed, 7] = max(red + half, zero), max(green + half, zero)
     rows[packed, 8] = max(blue + half, zero)

@@ -30,7 +30,13 @@ from masksplat.cpu.geometry import (
     view_direction,
 )
 from masksplat.cpu.kernel import device, kernel
-from masksplat.cpu.spherical_harmonics import direction_gradient, write_basis
+from masksplat.cpu.spherical_harmonics import (
+    PADDED,
+    coefficient_gradient,
+    colour_of,
+    colour_scratch,
+    direction_gradient,
+)
 
 MEAN, QUAT, SCALE, OPACITY, MASK, SH0, SHN = 0, 3, 7, 10, 11, 12, 15
 
@@ -39,7 +45,8 @@ MEAN, QUAT, SCALE, OPACITY, MASK, SH0, SHN = 0, 3, 7, 10, 11, 12, 15
 def gaussian_backward(i, gaussian, cameras, limits, flags, slots, d_rows, scratch, out):  # type: ignore[no-untyped-def]
     """Set out to the gradient of Gaussian i summed over the views; True when some view has a splat of it.
 
-    `gaussian` is (means, quats, scales, opacities, sh0, shN), `scratch` two arrays of 16.
+    `gaussian` is (means, quats, scales, opacities, sh0, shN), `scratch` comes from
+    `colour_scratch`; out has SHN + PADDED places.
     """
     found = False
     for k in range(out.size):
@@ -66,22 +73,14 @@ def colour_backward(i, gaussian, camera, degree, d_rows, slot, scratch, out):  #
         add_three(out, SH0, real(1), d_red, d_green, d_blue)
         return
     x, y, z, inverse = view_direction(camera, means, i)
-    basis, d_basis = scratch
-    write_basis(basis, degree, x, y, z)
-    count = (degree + 1) * (degree + 1)
-    red, green, blue = basis[0] * sh0[i, 0], basis[0] * sh0[i, 1], basis[0] * sh0[i, 2]
-    for k in range(1, count):
-        red += basis[k] * shN[i, k - 1, 0]
-        green += basis[k] * shN[i, k - 1, 1]
-        blue += basis[k] * shN[i, k - 1, 2]
+    red, green, blue = colour_of(scratch, degree, sh0, shN, i, x, y, z)
     # Channels clamped at 0 have no gradient.
     d_red = d_red if red > real(-0.5) else real(0)
     d_green = d_green if green > real(-0.5) else real(0)
     d_blue = d_blue if blue > real(-0.5) else real(0)
-    add_three(out, SH0, basis[0], d_red, d_green, d_blue)
-    for k in range(1, count):
-        add_three(out, SHN + 3 * (k - 1), basis[k], d_red, d_green, d_blue)
-        d_basis[k] = shN[i, k - 1, 0] * d_red + shN[i, k - 1, 1] * d_green + shN[i, k - 1, 2] * d_blue
+    add_three(out, SH0, scratch[0][0], d_red, d_green, d_blue)
+    coefficient_gradient(scratch, degree, d_red, d_green, d_blue, out, SHN)
+    d_basis = scratch[1]
     dx, dy, dz = direction_gradient(d_basis, degree, x, y, z)
     along = dx * x + dy * y + dz * z
     add_three(out, MEAN, inverse, dx - along * x, dy - along * y, dz - along * z)
@@ -235,8 +234,8 @@ def quaternion_backward(i, quats, d_turned, scale, out):  # type: ignore[no-unty
 def project_backward_rows(task, num_tasks, gaussian, cameras, limits, flags, slots, d_rows, gradients):  # type: ignore[no-untyped-def]
     """Fill `gradients` (means, quats, scales, opacities, sh0, shN, masks) for the rows of this task."""
     means, shN = gaussian[0], gaussian[5]
-    scratch = (np.empty(16, means.dtype), np.empty(16, means.dtype))
-    out = np.empty(SHN + 3 * shN.shape[1], means.dtype)
+    scratch = colour_scratch(means)
+    out = np.empty(SHN + PADDED, means.dtype)
     for i in range(task * means.shape[0] // num_tasks, (task + 1) * means.shape[0] // num_tasks):
         gaussian_backward(i, gaussian, cameras, limits, flags, slots, d_rows, scratch, out)
         gradients[0][i, :] = out[MEAN:QUAT]

@@ -25,6 +25,7 @@ from masksplat.cpu.tile import (
     block_rows,
     constants,
     lane_offsets,
+    prefetch_splat,
     start_transmittance,
     tile_index,
 )
@@ -58,6 +59,7 @@ def rasterize_tiles(
         while position < tile_offsets[tile + 1]:
             if (position - tile_offsets[tile]) % CHECK_EVERY == 0 and not any_alive(light):
                 break
+            prefetch_splat(splats, position, tile_offsets[tile + 1], rows, boxes)
             s = splats[position]
             if rows[s, 9] != 0:
                 evaluated += composite(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, red, green, blue)

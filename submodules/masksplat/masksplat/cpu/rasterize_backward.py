@@ -26,6 +26,7 @@ from masksplat.cpu.tile import (
     block_rows,
     constants,
     lane_offsets,
+    prefetch_splat,
     start_transmittance,
     tile_index,
 )
@@ -61,6 +62,7 @@ def rasterize_backward_tiles(
             height,
         )
         for position in range(tile_offsets[tile], ends[tile]):
+            prefetch_splat(splats, position, ends[tile], rows, boxes)
             s = splats[position]
             out = instances[position]
             if rows[s, 9] != 0:
@@ -189,10 +191,9 @@ def unsampled(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, behind, 
 
 
 @kernel
-def sum_instances(task, num_tasks, order, instance_offsets, gradients, d_rows):  # type: ignore[no-untyped-def]
+def sum_instances(task, num_tasks, instance_offsets, gradients, d_rows):  # type: ignore[no-untyped-def]
     """Add each splat's instance gradients, in tile order, into d_rows (V, 10)."""
-    for k in range(task * order.size // num_tasks, (task + 1) * order.size // num_tasks):
-        s = order[k]
-        for instance in range(instance_offsets[k], instance_offsets[k + 1]):
+    for s in range(task * d_rows.shape[0] // num_tasks, (task + 1) * d_rows.shape[0] // num_tasks):
+        for instance in range(instance_offsets[s], instance_offsets[s + 1]):
             for column in range(NUM_ROW_COLUMNS):
                 d_rows[s, column] += gradients[instance, column]

@@ -76,9 +76,9 @@ def store_weights(weight, weights, scores, out):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def sum_scores(order, instance_offsets, scores, maximum, total):  # type: ignore[no-untyped-def]
+def sum_scores(instance_offsets, scores, maximum, total):  # type: ignore[no-untyped-def]
     """Reduce instance scores to splats."""
-    for k in range(order.size):
-        for instance in range(instance_offsets[k], instance_offsets[k + 1]):
-            maximum[order[k]] = max(maximum[order[k]], scores[instance, 0])
-            total[order[k]] += scores[instance, 1]
+    for s in range(maximum.size):
+        for instance in range(instance_offsets[s], instance_offsets[s + 1]):
+            maximum[s] = max(maximum[s], scores[instance, 0])
+            total[s] += scores[instance, 1]

@@ -107,6 +107,25 @@ def store(typingctx: Any, array: Any, index: Any, vector: Any) -> Any:
 
 
 @intrinsic
+def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
+    """Ask for the cache line of array[index, 0] of a contiguous 2-D array; any index is harmless."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array_value = context.make_array(signature.args[0])(context, builder, args[0])
+        stride = cgutils.unpack_tuple(builder, array_value.strides)[0]
+        byte_pointer = ir.IntType(8).as_pointer()
+        pointer = builder.gep(builder.bitcast(array_value.data, byte_pointer), [builder.mul(args[1], stride)])
+        number = ir.IntType(32)
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [byte_pointer] + [number] * 3), "llvm.prefetch.p0"
+        )
+        builder.call(function, [pointer, *(ir.Constant(number, k) for k in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
+
+
+@intrinsic
 def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
     """A * b + c, fused where the machine can do it cheaply."""
 
@@ -114,6 +133,16 @@ def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
         return _call(builder, "fmuladd", _llvm_vector(signature.return_type.dtype), args)
 
     return a(a, b, c), codegen
+
+
+@intrinsic
+def square_root(typingctx: Any, a: Any) -> Any:
+    """Square root of every lane."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _call(builder, "sqrt", _llvm_vector(signature.return_type.dtype), args)
+
+    return a(a), codegen
 
 
 @intrinsic

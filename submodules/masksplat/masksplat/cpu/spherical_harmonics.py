@@ -6,7 +6,10 @@ basis[0] is the constant; colour = sum_k basis[k](direction) * coefficient[k] + 
 
 from __future__ import annotations
 
+import numpy as np
+
 from masksplat.cpu.kernel import device
+from masksplat.cpu.simd import LANES, load, store
 
 C0 = 0.28209479177387814  # sqrt(1 / (4 pi))
 C1 = 0.4886025119029199  # sqrt(3 / (4 pi))
@@ -18,6 +21,61 @@ C3_1 = 2.890611442640554  # sqrt(105 / (4 pi))
 C3_2 = 0.4570457994644658  # sqrt(21 / (32 pi))
 C3_3 = 0.3731763325901154  # sqrt(7 / (16 pi))
 C3_4 = 1.445305721320277  # sqrt(105 / (16 pi))
+
+
+PADDED = 48
+"""A row of shN, 3 (K - 1) <= 45 coefficients (r, g, b of every basis), in whole vectors."""
+
+PERIOD = 24
+"""Coefficients after which vectors meet the same channel in the same lane."""
+
+
+@device
+def colour_scratch(array):  # type: ignore[no-untyped-def]
+    """(basis, d_basis, coefficients, expanded, tiled, products) for one Gaussian at a time; padding stays 0."""
+    dtype = array.dtype
+    return (
+        np.empty(16, dtype),
+        np.empty(16, dtype),
+        np.zeros(PADDED, dtype),
+        np.zeros(PADDED, dtype),
+        np.zeros(PERIOD, dtype),
+        np.zeros(PADDED, dtype),
+    )
+
+
+@device
+def colour_of(scratch, degree, sh0, shN, i, x, y, z):  # type: ignore[no-untyped-def]
+    """Colour before the 0.5 offset at the unit direction; leaves basis, coefficients and expanded basis in scratch."""
+    basis, _, coefficients, expanded, _, products = scratch
+    write_basis(basis, degree, x, y, z)
+    count = (degree + 1) * (degree + 1)
+    for k in range(count - 1):
+        for c in range(3):
+            coefficients[3 * k + c] = shN[i, k, c]
+            expanded[3 * k + c] = basis[k + 1]
+    for lane in range(0, PERIOD, LANES):
+        total = load(expanded, lane) * load(coefficients, lane)
+        total = total + load(expanded, lane + PERIOD) * load(coefficients, lane + PERIOD)
+        store(products, lane, total)
+    red, green, blue = basis[0] * sh0[i, 0], basis[0] * sh0[i, 1], basis[0] * sh0[i, 2]
+    for k in range(0, PERIOD, 3):
+        red, green, blue = red + products[k], green + products[k + 1], blue + products[k + 2]
+    return red, green, blue
+
+
+@device
+def coefficient_gradient(scratch, degree, d_red, d_green, d_blue, out, start):  # type: ignore[no-untyped-def]
+    """Add dL/dshN to out[start : start + PADDED] and set d_basis, after `colour_of` of the same Gaussian."""
+    _, d_basis, coefficients, expanded, tiled, products = scratch
+    for k in range(0, PERIOD, 3):
+        tiled[k], tiled[k + 1], tiled[k + 2] = d_red, d_green, d_blue
+    for j in range(0, PADDED, LANES):
+        d_colour = load(tiled, j % PERIOD)
+        store(out, start + j, load(out, start + j) + load(expanded, j) * d_colour)
+        store(products, j, load(coefficients, j) * d_colour)
+    for k in range(1, (degree + 1) * (degree + 1)):
+        d_basis[k] = products[3 * k - 3] + products[3 * k - 2] + products[3 * k - 1]
 
 
 @device

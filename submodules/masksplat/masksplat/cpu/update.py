@@ -10,6 +10,7 @@ import numpy as np
 from masksplat.cpu.adam import adam_span
 from masksplat.cpu.kernel import device, kernel
 from masksplat.cpu.project_backward import MASK, MEAN, OPACITY, QUAT, SCALE, SH0, SHN, gaussian_backward
+from masksplat.cpu.spherical_harmonics import PADDED, colour_scratch
 from masksplat.types import SLOT_UNSEEN
 
 ROWS_PER_CHUNK = 32
@@ -31,8 +32,8 @@ def update_rows(
     """
     means, shN = gaussian[0], gaussian[5]
     num_rows, width = means.shape[0], SHN + 3 * shN.shape[1]
-    scratch = (np.empty(16, means.dtype), np.empty(16, means.dtype))
-    out = np.empty(width, means.dtype)
+    scratch = colour_scratch(means)
+    out = np.empty(SHN + PADDED, means.dtype)
     buffer = np.empty(ROWS_PER_CHUNK * width, means.dtype)
     starts = np.array([MEAN, QUAT, SCALE, OPACITY, SH0, SHN])
     widths = np.array([3, 4, 3, 1, 3, 3 * shN.shape[1]])
