@@ -16,6 +16,7 @@ from launch.progress import TrainingProgress
 from launch.recorder import Recorder
 from launch.run import run_main, tee_output
 from launch.training import Training, build_training
+from launch.wrap_up import wrap_up
 from scene.errors import InputError
 from scene.model_folder import ModelFolder
 from scene.ply import save_point_cloud
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         training = build_training(config, communicator, show_progress=not config.logging.quiet)
         describe(folder, training, arguments)
         train(training, folder)
+        wrap_up(config, num_train=len(training.scene.train), num_test=len(training.scene.test))
     return 0
 
 

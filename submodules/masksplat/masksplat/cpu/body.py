@@ -82,7 +82,8 @@ class CpuBody:
         for view, size in enumerate(views.sizes):
             counts = np.zeros(self.num_tasks, np.int64)
             self.team.run(
-                project_rows, self.num_tasks, *table, mask_array, cameras[view], np.array(size), _flags(settings),
+                project_rows, self.num_tasks, table, table[5].reshape(-1), mask_array,
+                cameras[view], np.array(size), _flags(settings),
                 _limits(settings, dtype), slots[view], packed, packed_boxes, counts,
             )  # fmt: skip
             parts.append(self._compact(id_array, slots[view], packed, packed_boxes, counts, offsets[-1]))
@@ -114,7 +115,8 @@ class CpuBody:
         dtype = table[0].dtype
         gradients = empty_like_gradients(gaussians)
         self.team.run(
-            project_backward_rows, self.num_tasks, table, pack_cameras(views, dtype), _limits(settings, dtype),
+            project_backward_rows, self.num_tasks, table, table[5].reshape(-1), pack_cameras(views, dtype),
+            _limits(settings, dtype),
             _flags(settings), _array(splats.slots), _array(d_rows), tuple(_array(g) for g in gradients),
         )  # fmt: skip
         return gradients
@@ -201,9 +203,7 @@ class CpuBody:
             lists.instances, state.region, _array(frame.rgb), _array(frame.transmittance), state.ends, _array(d_rgb),
             d_light, gradients,
         )  # fmt: skip
-        self.team.run(
-            sum_instances, self.num_tasks, lists.instance_offsets, gradients, _array(d_rows)[first:last]
-        )
+        self.team.run(sum_instances, self.num_tasks, lists.instance_offsets, gradients, _array(d_rows)[first:last])
 
     def photometric(
         self,

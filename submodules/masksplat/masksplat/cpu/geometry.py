@@ -1,48 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One Gaussian seen by one camera: the forward quantities that projection and its backward share (EWA, Zwicker 2001).
+"""Eight Gaussians seen by one camera: the quantities that projection and its backward share (EWA, Zwicker 2001).
 
 With camera coordinates p = W X + t, the mean is (fx x/z + cx, fy y/z + cy) and the 2D covariance
 J W Sigma W^T J^T + eps2d I, where Sigma = R S S^T R^T and J is the Jacobian of the projection at p, its x/z and y/z
-clamped to the image plus 15 % of its size on each side (3DGS, gsplat).
+clamped to the image plus 15 % of its size on each side (3DGS, gsplat). Every value is a vector of eight lanes.
 """
 
 from __future__ import annotations
 
-import math
-
+from masksplat.cpu.exponential import exp
 from masksplat.cpu.kernel import device
+from masksplat.cpu.lanes import column, entry, maximum, minimum
+from masksplat.cpu.simd import broadcast, square_root
 
 CAMERA_SIZE = 23
 """Floats of a packed camera: R (9, row-major), t (3), fx, fy, cx, cy, low and high clamp of x/z, of y/z, centre (3)."""
 
 FX, FY, CX, CY = 12, 13, 14, 15
 X_LOW, X_HIGH, Y_LOW, Y_HIGH = 16, 17, 18, 19
+CENTRE = 20
+
+EXP_LIMIT = 80
+"""Arguments of exp are clamped here, before float32 overflows: a scale or an odds ratio of 5e34 is no scene."""
 
 
 @device
-def camera_point(camera, means, i):  # type: ignore[no-untyped-def]
-    """Mean of Gaussian i in camera coordinates."""
-    x, y, z = means[i, 0], means[i, 1], means[i, 2]
+def world_turn(camera):  # type: ignore[no-untyped-def]
+    """The nine entries of W, row-major."""
     return (
-        camera[0] * x + camera[1] * y + camera[2] * z + camera[9],
-        camera[3] * x + camera[4] * y + camera[5] * z + camera[10],
-        camera[6] * x + camera[7] * y + camera[8] * z + camera[11],
+        broadcast(camera[0]), broadcast(camera[1]), broadcast(camera[2]),
+        broadcast(camera[3]), broadcast(camera[4]), broadcast(camera[5]),
+        broadcast(camera[6]), broadcast(camera[7]), broadcast(camera[8]),
+    )  # fmt: skip
+
+
+@device
+def mean_of(means, index):  # type: ignore[no-untyped-def]
+    """World coordinates of the batch."""
+    return column(means, index, 0), column(means, index, 1), column(means, index, 2)
+
+
+@device
+def camera_point(camera, turn, mean):  # type: ignore[no-untyped-def]
+    """World points to camera coordinates."""
+    x, y, z = mean
+    return (
+        turn[0] * x + turn[1] * y + turn[2] * z + broadcast(camera[9]),
+        turn[3] * x + turn[4] * y + turn[5] * z + broadcast(camera[10]),
+        turn[6] * x + turn[7] * y + turn[8] * z + broadcast(camera[11]),
     )
 
 
 @device
-def unit_quaternion(quats, i):  # type: ignore[no-untyped-def]
-    """(w, x, y, z) of Gaussian i after normalisation, and 1 / norm."""
-    w, x, y, z = quats[i, 0], quats[i, 1], quats[i, 2], quats[i, 3]
-    inverse = quats.dtype.type(1) / math.sqrt(w * w + x * x + y * y + z * z)
+def unit_quaternion(quats, index):  # type: ignore[no-untyped-def]
+    """(w, x, y, z) after normalisation, and 1 / norm."""
+    w, x, y, z = column(quats, index, 0), column(quats, index, 1), column(quats, index, 2), column(quats, index, 3)
+    inverse = broadcast(quats.dtype.type(1)) / square_root(w * w + x * x + y * y + z * z)
     return w * inverse, x * inverse, y * inverse, z * inverse, inverse
 
 
 @device
-def rotation(quats, i):  # type: ignore[no-untyped-def]
-    """Rotation matrix (9 floats, row-major) of Gaussian i: its quaternion (w, x, y, z), normalised."""
-    one, two = quats.dtype.type(1), quats.dtype.type(2)
-    w, x, y, z, _ = unit_quaternion(quats, i)
+def rotation(one, quaternion):  # type: ignore[no-untyped-def]
+    """Rotation matrix (9 vectors, row-major) of unit quaternions."""
+    w, x, y, z, _ = quaternion
+    two = one + one
     return (
         one - two * (y * y + z * z), two * (x * y - w * z), two * (x * z + w * y),
         two * (x * y + w * z), one - two * (x * x + z * z), two * (y * z - w * x),
@@ -51,36 +72,35 @@ def rotation(quats, i):  # type: ignore[no-untyped-def]
 
 
 @device
-def jacobian_terms(camera, x, y, z):  # type: ignore[no-untyped-def]
-    """(u, v, j00, j02, j11, j12): the clamped x/z and y/z, and the non-zero entries of J."""
-    inverse = camera.dtype.type(1) / z
-    u = min(max(x * inverse, camera[X_LOW]), camera[X_HIGH])
-    v = min(max(y * inverse, camera[Y_LOW]), camera[Y_HIGH])
-    fx, fy = camera[FX] * inverse, camera[FY] * inverse
-    return u, v, fx, -fx * u, fy, -fy * v
+def jacobian_terms(camera, x, y, inverse_z):  # type: ignore[no-untyped-def]
+    """(j00, j02, j11, j12): the non-zero entries of J at the clamped x/z and y/z."""
+    u = minimum(maximum(x * inverse_z, broadcast(camera[X_LOW])), broadcast(camera[X_HIGH]))
+    v = minimum(maximum(y * inverse_z, broadcast(camera[Y_LOW])), broadcast(camera[Y_HIGH]))
+    fx, fy = broadcast(camera[FX]) * inverse_z, broadcast(camera[FY]) * inverse_z
+    zero = fx - fx
+    return fx, (zero - fx) * u, fy, (zero - fy) * v
 
 
 @device
-def half_projection(camera, terms, turned, scale):  # type: ignore[no-untyped-def]
-    """J W R S, (2, 3) as 6 floats: the square root of the 2D covariance."""
-    _, _, j00, j02, j11, j12 = terms
-    m00, m01, m02 = (
-        j00 * camera[0] + j02 * camera[6],
-        j00 * camera[1] + j02 * camera[7],
-        j00 * camera[2] + j02 * camera[8],
-    )
-    m10, m11, m12 = (
-        j11 * camera[3] + j12 * camera[6],
-        j11 * camera[4] + j12 * camera[7],
-        j11 * camera[5] + j12 * camera[8],
-    )
+def image_turn(terms, turn):  # type: ignore[no-untyped-def]
+    """J W, (2, 3) as 6 vectors."""
+    j00, j02, j11, j12 = terms
     return (
-        (m00 * turned[0] + m01 * turned[3] + m02 * turned[6]) * scale[0],
-        (m00 * turned[1] + m01 * turned[4] + m02 * turned[7]) * scale[1],
-        (m00 * turned[2] + m01 * turned[5] + m02 * turned[8]) * scale[2],
-        (m10 * turned[0] + m11 * turned[3] + m12 * turned[6]) * scale[0],
-        (m10 * turned[1] + m11 * turned[4] + m12 * turned[7]) * scale[1],
-        (m10 * turned[2] + m11 * turned[5] + m12 * turned[8]) * scale[2],
+        j00 * turn[0] + j02 * turn[6], j00 * turn[1] + j02 * turn[7], j00 * turn[2] + j02 * turn[8],
+        j11 * turn[3] + j12 * turn[6], j11 * turn[4] + j12 * turn[7], j11 * turn[5] + j12 * turn[8],
+    )  # fmt: skip
+
+
+@device
+def half_projection(m, turned, scale):  # type: ignore[no-untyped-def]
+    """J W R S, (2, 3) as 6 vectors: the square root of the 2D covariance. `m` is J W."""
+    return (
+        (m[0] * turned[0] + m[1] * turned[3] + m[2] * turned[6]) * scale[0],
+        (m[0] * turned[1] + m[1] * turned[4] + m[2] * turned[7]) * scale[1],
+        (m[0] * turned[2] + m[1] * turned[5] + m[2] * turned[8]) * scale[2],
+        (m[3] * turned[0] + m[4] * turned[3] + m[5] * turned[6]) * scale[0],
+        (m[3] * turned[1] + m[4] * turned[4] + m[5] * turned[7]) * scale[1],
+        (m[3] * turned[2] + m[4] * turned[5] + m[5] * turned[8]) * scale[2],
     )
 
 
@@ -95,34 +115,39 @@ def covariance_2d(half):  # type: ignore[no-untyped-def]
 
 
 @device
-def determinants(half, eps2d):  # type: ignore[no-untyped-def]
+def determinants(half, cov, eps2d):  # type: ignore[no-untyped-def]
     """(det(cov), det(cov + eps2d I)) without cancellation: the first is the squared area of the cross product."""
     nx = half[1] * half[5] - half[2] * half[4]
     ny = half[2] * half[3] - half[0] * half[5]
     nz = half[0] * half[4] - half[1] * half[3]
     det = nx * nx + ny * ny + nz * nz
-    xx, _, yy = covariance_2d(half)
-    return det, det + eps2d * (xx + yy) + eps2d * eps2d
+    return det, det + eps2d * (cov[0] + cov[2]) + eps2d * eps2d
 
 
 @device
-def activated_scale(scales, i, activated):  # type: ignore[no-untyped-def]
-    """The three standard deviations of Gaussian i in world units."""
+def activated_scale(scales, index, activated):  # type: ignore[no-untyped-def]
+    """The three standard deviations in world units."""
+    x, y, z = column(scales, index, 0), column(scales, index, 1), column(scales, index, 2)
     if activated:
-        return scales[i, 0], scales[i, 1], scales[i, 2]
-    return math.exp(scales[i, 0]), math.exp(scales[i, 1]), math.exp(scales[i, 2])
+        return x, y, z
+    highest = broadcast(scales.dtype.type(EXP_LIMIT))
+    return exp(minimum(x, highest)), exp(minimum(y, highest)), exp(minimum(z, highest))
 
 
 @device
-def activated_opacity(opacities, i, activated):  # type: ignore[no-untyped-def]
-    """Opacity of Gaussian i in [0, 1]."""
-    one = opacities.dtype.type(1)
-    return opacities[i] if activated else one / (one + math.exp(-opacities[i]))
+def activated_opacity(opacities, index, activated):  # type: ignore[no-untyped-def]
+    """Opacities in [0, 1]."""
+    value = entry(opacities, index)
+    if activated:
+        return value
+    one = broadcast(opacities.dtype.type(1))
+    return one / (one + exp(minimum(broadcast(opacities.dtype.type(EXP_LIMIT)), (one - one) - value)))
 
 
 @device
-def view_direction(camera, means, i):  # type: ignore[no-untyped-def]
+def view_direction(camera, mean):  # type: ignore[no-untyped-def]
     """(unit direction from the camera centre to the mean, 1 / distance)."""
-    dx, dy, dz = means[i, 0] - camera[20], means[i, 1] - camera[21], means[i, 2] - camera[22]
-    inverse = means.dtype.type(1) / math.sqrt(dx * dx + dy * dy + dz * dz)
+    dx, dy = mean[0] - broadcast(camera[CENTRE]), mean[1] - broadcast(camera[CENTRE + 1])
+    dz = mean[2] - broadcast(camera[CENTRE + 2])
+    inverse = broadcast(camera.dtype.type(1)) / square_root(dx * dx + dy * dy + dz * dz)
     return dx * inverse, dy * inverse, dz * inverse, inverse

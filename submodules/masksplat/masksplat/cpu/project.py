@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Projection of a table of Gaussians into one view: cull, EWA, colour, exact pixel box, and compaction."""
+"""Projection of a table of Gaussians into one view: cull, EWA, colour, exact pixel box, and compaction.
+
+Gaussians in front of the camera are taken eight at a time; what needs a decision for each (visibility, box, packing)
+is done lane by lane afterwards.
+"""
 
 from __future__ import annotations
 
@@ -19,72 +23,124 @@ from masksplat.cpu.geometry import (
     covariance_2d,
     determinants,
     half_projection,
+    image_turn,
     jacobian_terms,
+    mean_of,
     rotation,
+    unit_quaternion,
     view_direction,
+    world_turn,
 )
 from masksplat.cpu.kernel import device, kernel
-from masksplat.cpu.spherical_harmonics import colour_of, colour_scratch
+from masksplat.cpu.lanes import COEFFICIENTS, column, fill_batch, maximum, read_rows
+from masksplat.cpu.simd import LANES, broadcast, square_root, store
+from masksplat.cpu.spherical_harmonics import colour_of, write_basis
 from masksplat.types import ALPHA_MIN, NUM_ROW_COLUMNS, SLOT_NO_PIXEL, SLOT_UNSEEN, TILE
+
+BASES = 16
+MEAN_X, MEAN_Y, DEPTH, COV_XX, COV_XY, COV_YY, DET, ALPHA, RED, GREEN, BLUE = range(11)
+"""Vectors of one projected batch, eight lanes each, in the array `lanes`."""
 
 
 @kernel
-def project_rows(
-    task, num_tasks, means, quats, scales, opacities, sh0, shN, masks, camera, size, flags, limits,
-    slots, rows, boxes, counts,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+def project_rows(task, num_tasks, gaussian, flat_shN, masks, camera, size, flags, limits, slots, rows, boxes, counts):  # type: ignore[no-untyped-def]
     """Project the rows of this task; visible ones are packed from the start of the task's own range.
 
-    `size` is (width, height), `flags` (degree, activated, antialiased), `limits` (near, far, eps2d). slots[i] is set to
-    the packed row within the task's range or to a negative SLOT_ value; counts[task] to the number of packed rows.
-    rows has 11 columns here: the last one is the depth.
+    `gaussian` is (means, quats, scales, opacities, sh0, shN), `size` (width, height), `flags` (degree, activated,
+    antialiased), `limits` (near, far, eps2d). slots[i] is set to the packed row within the task's range or to a
+    negative SLOT_ value; counts[task] to the number of packed rows. rows has an 11th column, the depth.
     """
+    means = gaussian[0]
     start, stop = task * means.shape[0] // num_tasks, (task + 1) * means.shape[0] // num_tasks
-    scratch = colour_scratch(means)
-    packed = start
+    basis, coefficients = np.empty(BASES * LANES, means.dtype), np.empty(COEFFICIENTS * LANES, means.dtype)
+    lanes, index = np.empty(11 * LANES, means.dtype), np.empty(LANES, np.int64)
+    candidates = np.empty(stop - start, np.int64)
+    num_candidates = 0
     for i in range(start, stop):
         slots[i] = SLOT_UNSEEN
-        x, y, z = camera_point(camera, means, i)
-        if not (z > limits[0] and z < limits[1]):
-            continue
-        if not project_geometry(
-            i, x, y, z, quats, scales, opacities, camera, size, flags, limits, slots, rows, boxes, packed
-        ):
-            continue
-        write_colour(scratch, flags[0], camera, means, sh0, shN, i, rows, packed)
-        rows[packed, 9] = masks[i]
-        rows[packed, NUM_ROW_COLUMNS] = z
-        slots[i] = packed - start
-        packed += 1
+        depth = camera[6] * means[i, 0] + camera[7] * means[i, 1] + camera[8] * means[i, 2] + camera[11]
+        if depth > limits[0] and depth < limits[1]:
+            candidates[num_candidates] = i
+            num_candidates += 1
+    packed = start
+    for first in range(0, num_candidates, LANES):
+        count = min(LANES, num_candidates - first)
+        fill_batch(index, candidates, first, count)
+        project_batch(gaussian, flat_shN, index, camera, flags, limits, basis, coefficients, lanes)
+        for lane in range(count):
+            i = index[lane]
+            slots[i], is_packed = pack_lane(lanes, lane, size, rows, boxes, packed)
+            if is_packed:
+                rows[packed, 9] = masks[i]
+                slots[i] = packed - start
+                packed += 1
     counts[task] = packed - start
 
 
 @device
-def project_geometry(i, x, y, z, quats, scales, opacities, camera, size, flags, limits, slots, rows, boxes, packed):  # type: ignore[no-untyped-def]
-    """Fill mean, conic, opacity and box of one splat; False when no pixel can see it (slots[i] says why)."""
-    real = rows.dtype.type
-    half = half_projection(
-        camera, jacobian_terms(camera, x, y, z), rotation(quats, i), activated_scale(scales, i, flags[1])
-    )
-    xx, xy, yy = covariance_2d(half)
-    det_before, det = determinants(half, limits[2])
-    xx, yy = xx + limits[2], yy + limits[2]
-    if not det > 0:
-        return False
-    mean_x, mean_y = camera[FX] * x / z + camera[CX], camera[FY] * y / z + camera[CY]
-    if not touches_tiles_by_3dgs(mean_x, mean_y, xx, yy, det, size):
-        return False
-    slots[i] = SLOT_NO_PIXEL
-    opacity = activated_opacity(opacities, i, flags[1])
+def project_batch(gaussian, flat_shN, index, camera, flags, limits, basis, coefficients, lanes):  # type: ignore[no-untyped-def]
+    """Everything about eight Gaussians that needs no decision, into `lanes`."""
+    means, quats, scales, opacities = gaussian[0], gaussian[1], gaussian[2], gaussian[3]
+    one, eps2d = broadcast(means.dtype.type(1)), broadcast(limits[2])
+    turn, mean = world_turn(camera), mean_of(means, index)
+    x, y, z = camera_point(camera, turn, mean)
+    inverse_z = one / z
+    turned = rotation(one, unit_quaternion(quats, index))
+    m = image_turn(jacobian_terms(camera, x, y, inverse_z), turn)
+    half = half_projection(m, turned, activated_scale(scales, index, flags[1]))
+    cov = covariance_2d(half)
+    det_before, det = determinants(half, cov, eps2d)
+    alpha = activated_opacity(opacities, index, flags[1])
     if flags[2]:
-        opacity *= math.sqrt(det_before / det)
-    if not opacity >= real(ALPHA_MIN):
-        return False
+        alpha = alpha * square_root(det_before / det)
+    store(lanes, MEAN_X * LANES, broadcast(camera[FX]) * x * inverse_z + broadcast(camera[CX]))
+    store(lanes, MEAN_Y * LANES, broadcast(camera[FY]) * y * inverse_z + broadcast(camera[CY]))
+    store(lanes, DEPTH * LANES, z)
+    store(lanes, COV_XX * LANES, cov[0] + eps2d)
+    store(lanes, COV_XY * LANES, cov[1])
+    store(lanes, COV_YY * LANES, cov[2] + eps2d)
+    store(lanes, DET * LANES, det)
+    store(lanes, ALPHA * LANES, alpha)
+    red, green, blue = batch_colour(gaussian[4], gaussian[5], flat_shN, index, camera, mean, flags, basis, coefficients)
+    store(lanes, RED * LANES, red)
+    store(lanes, GREEN * LANES, green)
+    store(lanes, BLUE * LANES, blue)
+
+
+@device
+def batch_colour(sh0, shN, flat_shN, index, camera, mean, flags, basis, coefficients):  # type: ignore[no-untyped-def]
+    """Colours of the batch; degree -1 takes sh0 as the colour."""
+    degree, half = flags[0], broadcast(sh0.dtype.type(0.5))
+    red, green, blue = column(sh0, index, 0), column(sh0, index, 1), column(sh0, index, 2)
+    if degree < 0:
+        return red, green, blue
+    x, y, z, _ = view_direction(camera, mean)
+    write_basis(basis, degree, x, y, z)
+    read_rows(flat_shN, 3 * shN.shape[1], index, 3 * ((degree + 1) * (degree + 1) - 1), coefficients)
+    red, green, blue = colour_of(basis, coefficients, degree, red, green, blue)
+    zero = half - half
+    return maximum(red + half, zero), maximum(green + half, zero), maximum(blue + half, zero)
+
+
+@device
+def pack_lane(lanes, lane, size, rows, boxes, packed):  # type: ignore[no-untyped-def]
+    """Write one splat to row `packed`; (slot value, False) when no pixel can see it."""
+    real = lanes.dtype.type
+    mean_x, mean_y = lanes[MEAN_X * LANES + lane], lanes[MEAN_Y * LANES + lane]
+    xx, yy, det = lanes[COV_XX * LANES + lane], lanes[COV_YY * LANES + lane], lanes[DET * LANES + lane]
+    opacity = lanes[ALPHA * LANES + lane]
+    if not det > 0 or not touches_tiles_by_3dgs(mean_x, mean_y, xx, yy, det, size):
+        return SLOT_UNSEEN, False
+    if not opacity >= real(ALPHA_MIN) or not write_box(boxes, packed, mean_x, mean_y, xx, yy, opacity, size):
+        return SLOT_NO_PIXEL, False
     inverse = real(1) / det
     rows[packed, 0], rows[packed, 1] = mean_x, mean_y
-    rows[packed, 2], rows[packed, 3], rows[packed, 4] = yy * inverse, -xy * inverse, xx * inverse
-    rows[packed, 5] = opacity
-    return write_box(boxes, packed, mean_x, mean_y, xx, yy, opacity, size)
+    rows[packed, 2], rows[packed, 4] = yy * inverse, xx * inverse
+    rows[packed, 3], rows[packed, 5] = -lanes[COV_XY * LANES + lane] * inverse, opacity
+    for c in range(3):
+        rows[packed, 6 + c] = lanes[(RED + c) * LANES + lane]
+    rows[packed, NUM_ROW_COLUMNS] = lanes[DEPTH * LANES + lane]
+    return SLOT_NO_PIXEL, True
 
 
 @device
@@ -112,27 +168,12 @@ def write_box(boxes, packed, mean_x, mean_y, xx, yy, opacity, size):  # type: ig
     reach_x = math.sqrt(t * np.float64(xx)) + MARGIN_PIXELS
     reach_y = math.sqrt(t * np.float64(yy)) + MARGIN_PIXELS
     # Pixel x is inside when |x + 0.5 - mean_x| <= reach_x. Clamp before the cast: huge splats overflow int32.
-    x0 = math.ceil(max(0.0, mean_x - reach_x - 0.5))
-    x1 = math.floor(min(float(size[0] - 1), mean_x + reach_x - 0.5)) + 1
-    y0 = math.ceil(max(0.0, mean_y - reach_y - 0.5))
-    y1 = math.floor(min(float(size[1] - 1), mean_y + reach_y - 0.5)) + 1
-    x0, y0, x1, y1 = min(x0, size[0]), min(y0, size[1]), max(x1, 0), max(y1, 0)
+    x0 = math.ceil(min(max(0.0, mean_x - reach_x - 0.5), float(size[0])))
+    x1 = math.floor(max(min(float(size[0] - 1), mean_x + reach_x - 0.5), -1.0)) + 1
+    y0 = math.ceil(min(max(0.0, mean_y - reach_y - 0.5), float(size[1])))
+    y1 = math.floor(max(min(float(size[1] - 1), mean_y + reach_y - 0.5), -1.0)) + 1
     boxes[packed, 0], boxes[packed, 1], boxes[packed, 2], boxes[packed, 3] = x0, y0, x1, y1
     return x0 < x1 and y0 < y1
-
-
-@device
-def write_colour(scratch, degree, camera, means, sh0, shN, i, rows, packed):  # type: ignore[no-untyped-def]
-    """Colour of Gaussian i from this camera into rows[packed, 6:9]; degree -1 takes sh0 as the colour."""
-    real = rows.dtype.type
-    if degree < 0:
-        rows[packed, 6], rows[packed, 7], rows[packed, 8] = sh0[i, 0], sh0[i, 1], sh0[i, 2]
-        return
-    x, y, z, _ = view_direction(camera, means, i)
-    red, green, blue = colour_of(scratch, degree, sh0, shN, i, x, y, z)
-    half, zero = real(0.5), real(0)
-    rows[packed, 6], rows[packed, 7] = max(red + half, zero), max(green + half, zero)
-    rows[packed, 8] = max(blue + half, zero)
 
 
 @kernel
@@ -145,10 +186,10 @@ def compact_rows(
         if slots[i] < 0:
             continue
         source, target = start + slots[i], first[task] + slots[i]
-        for column in range(NUM_ROW_COLUMNS):
-            rows[target, column] = packed[source, column]
-        for column in range(4):
-            boxes[target, column] = packed_boxes[source, column]
+        for c in range(NUM_ROW_COLUMNS):
+            rows[target, c] = packed[source, c]
+        for c in range(4):
+            boxes[target, c] = packed_boxes[source, c]
         depths[target] = packed[source, NUM_ROW_COLUMNS]
         out_ids[target] = ids[i]
         gaussians[target] = i

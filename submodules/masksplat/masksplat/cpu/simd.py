@@ -107,6 +107,42 @@ def store(typingctx: Any, array: Any, index: Any, vector: Any) -> Any:
 
 
 @intrinsic
+def pack(typingctx: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> Any:
+    """Vector of eight scalars."""
+    result = VectorType(a)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = ir.Constant(_llvm_vector(signature.return_type.dtype), ir.Undefined)
+        for lane, scalar in enumerate(args):
+            value = builder.insert_element(value, scalar, ir.Constant(ir.IntType(32), lane))
+        return value
+
+    return result(a, b, c, d, e, f, g, h), codegen
+
+
+@intrinsic
+def transpose(typingctx: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> Any:
+    """The columns of the 8 x 8 matrix whose rows are given, as a tuple of eight vectors."""
+    result = types.UniTuple(a, LANES)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        rows, width = list(args), 1
+        while width < LANES:  # exchange blocks of `width` between rows that are `width` apart
+            keep = [lane if not lane & width else lane - width + LANES for lane in range(LANES)]
+            move = [lane + width if not lane & width else lane + LANES for lane in range(LANES)]
+            for k in (k for k in range(LANES) if not k & width):
+                pair = rows[k], rows[k + width]
+                rows[k], rows[k + width] = (
+                    builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(ir.IntType(32), LANES), lanes))
+                    for lanes in (keep, move)
+                )
+            width *= 2
+        return context.make_tuple(builder, signature.return_type, rows)
+
+    return result(a, b, c, d, e, f, g, h), codegen
+
+
+@intrinsic
 def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
     """Ask for the cache line of array[index, 0] of a contiguous 2-D array; any index is harmless."""
 

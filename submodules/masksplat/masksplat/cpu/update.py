@@ -9,11 +9,21 @@ import numpy as np
 
 from masksplat.cpu.adam import adam_span
 from masksplat.cpu.kernel import device, kernel
-from masksplat.cpu.project_backward import MASK, MEAN, OPACITY, QUAT, SCALE, SH0, SHN, gaussian_backward
-from masksplat.cpu.spherical_harmonics import PADDED, colour_scratch
+from masksplat.cpu.project_backward import (
+    MASK,
+    MEAN,
+    OPACITY,
+    QUAT,
+    SCALE,
+    SH0,
+    SHN,
+    backward_scratch,
+    chunk_backward,
+)
+from masksplat.cpu.simd import LANES
 from masksplat.types import SLOT_UNSEEN
 
-ROWS_PER_CHUNK = 32
+ROWS_PER_CHUNK = 64
 """Rows whose gradients are gathered before Adam runs over them: long enough vectors, short enough for the L1 cache."""
 
 NUM_ATTRIBUTES = 6
@@ -30,45 +40,28 @@ def update_rows(
     `flat`, `exp_avg`, `exp_avg_sq` are the attributes and their moments as flat arrays, `factors` (6, 5) what
     `adam_span` needs for each. `gradient_scale` (1,) multiplies parameter gradients and d_masks, not the statistics.
     """
-    means, shN = gaussian[0], gaussian[5]
-    num_rows, width = means.shape[0], SHN + 3 * shN.shape[1]
-    scratch = colour_scratch(means)
-    out = np.empty(SHN + PADDED, means.dtype)
-    buffer = np.empty(ROWS_PER_CHUNK * width, means.dtype)
+    means, num_higher = gaussian[0], 3 * gaussian[5].shape[1]
+    num_rows, width = means.shape[0], SHN + num_higher
+    scratch = backward_scratch(means)
+    rows, columns = np.empty(ROWS_PER_CHUNK * width, means.dtype), np.empty(ROWS_PER_CHUNK * width, means.dtype)
+    batches = (np.empty(ROWS_PER_CHUNK, np.int64), np.empty(LANES, np.int64), np.empty(LANES, np.int64))
     starts = np.array([MEAN, QUAT, SCALE, OPACITY, SH0, SHN])
-    widths = np.array([3, 4, 3, 1, 3, 3 * shN.shape[1]])
+    widths = np.array([3, 4, 3, 1, 3, num_higher])
     stop = (task + 1) * num_rows // num_tasks
     for first in range(task * num_rows // num_tasks, stop, ROWS_PER_CHUNK):
         count = min(ROWS_PER_CHUNK, stop - first)
+        chunk_backward(
+            first, count, gaussian, flat[5], cameras, limits, flags, slots, d_rows, scratch, batches, width, rows
+        )
         for k in range(count):
-            gaussian_backward(first + k, gaussian, cameras, limits, flags, slots, d_rows, scratch, out)
-            d_masks[first + k] = out[MASK] * gradient_scale[0]
+            d_masks[first + k] = rows[k * width + MASK] * gradient_scale[0]
             add_statistics(first + k, slots, d_rows, sizes, norm_sum, view_count)
-            scatter_gradient(out, gradient_scale[0], starts, widths, k, buffer)
         for q in range(NUM_ATTRIBUTES):
-            adam_span(
-                flat[q], buffer, exp_avg[q], exp_avg_sq[q], first * widths[q], starts_in_buffer(widths, q),
-                count * widths[q], factors[q],
-            )  # fmt: skip
-
-
-@device
-def starts_in_buffer(widths, attribute):  # type: ignore[no-untyped-def]
-    """Where an attribute's gradients of a chunk begin."""
-    total = 0
-    for q in range(attribute):
-        total += widths[q]
-    return total * ROWS_PER_CHUNK
-
-
-@device
-def scatter_gradient(out, scale, starts, widths, k, buffer):  # type: ignore[no-untyped-def]
-    """Copy one row's gradient to its place in the attributes' parts of the buffer."""
-    base = 0
-    for q in range(NUM_ATTRIBUTES):
-        for c in range(widths[q]):
-            buffer[base * ROWS_PER_CHUNK + k * widths[q] + c] = out[starts[q] + c] * scale
-        base += widths[q]
+            for k in range(count):
+                for c in range(widths[q]):
+                    columns[k * widths[q] + c] = rows[k * width + starts[q] + c] * gradient_scale[0]
+            at, size = first * widths[q], count * widths[q]
+            adam_span(flat[q], columns, exp_avg[q], exp_avg_sq[q], at, 0, size, factors[q])
 
 
 @device
