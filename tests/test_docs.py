@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").glob("**/*.md"))))
 OF_OTHERS = {
     *("--help", "--standalone", "--nnodes", "--nproc-per-node", "--durations"),  # argparse, torchrun, pytest
-    *("--headless", "--no-sandbox", "--screenshot", "--window-size", "--virtual-time-budget"),  # Chromium
+    *("--headless", "--hide-scrollbars", "--no-sandbox", "--screenshot", "--window-size", "--virtual-time-budget"),
     *("--views", "--output"),  # our modules outside the three scripts
 }
 WRITTEN = re.compile(r"(demo-output|output|checkpoints|point_cloud|sparse|images|FOLDER|MODEL|OUT|tests/test_MODULE)\b")
