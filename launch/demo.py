@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -116,6 +117,12 @@ def train_command(scene: Path, model: Path, flags: Sequence[str]) -> list[str]:
     return [sys.executable, str(ROOT / "train.py"), *places, *TRAINING, *flags]
 
 
+def _python() -> str:
+    """Return the environment's interpreter as someone in the current folder would type it."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 def train(scene: Path, model: Path, flags: Sequence[str]) -> Outcome:
     """Run train.py and return what it wrote about itself.
 
@@ -123,7 +130,7 @@ def train(scene: Path, model: Path, flags: Sequence[str]) -> Outcome:
         InputError: train.py failed; it has said why on stderr.
     """
     command = train_command(scene, model, flags)
-    print("python train.py", " ".join(command[2:]), flush=True)
+    print(shlex.join([_python(), "train.py", *command[2:]]), flush=True)
     started = time.monotonic()
     status = subprocess.run(command, check=False).returncode
     if status != 0:
@@ -206,7 +213,8 @@ def run_users_scene(source: Path, output: Path, flags: Sequence[str]) -> int:
     needed = check_users_scene(source)
     model = output / "model"
     print(summary(train(source, model, (*needed, *flags)), ModelFolder.open(model), None))
-    print(f"For a full training: python train.py -s {source} -m output/{source.resolve().name} --eval\n")
+    full = [_python(), "train.py", "-s", str(source), "-m", f"output/{source.resolve().name}", "--eval"]
+    print(f"For a full training: {shlex.join(full)}\n")
     return 0
 
 
