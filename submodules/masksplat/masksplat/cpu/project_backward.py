@@ -280,7 +280,8 @@ def add_batch(index, first, count, width, degree, num_higher, scratch, buffer): 
     spare = COEFFICIENTS * LANES
     for group in range((num_active + LANES - 1) // LANES):
         start = group_start(group, 3 * num_higher)
-        blank_overlap(coefficients, start, group * LANES)
+        blank(coefficients, start, group * LANES)  # added with the group before
+        blank(coefficients, num_active, start + LANES)  # coefficients of degrees that are not in use yet
         store_eight(coefficients, spare, load_transposed(coefficients, start * LANES))
         for lane in range(count):
             at = (index[lane] - first) * width + SHN + start
@@ -288,10 +289,10 @@ def add_batch(index, first, count, width, degree, num_higher, scratch, buffer): 
 
 
 @device
-def blank_overlap(coefficients, start, covered):  # type: ignore[no-untyped-def]
-    """Zero the columns from `start` that groups before have added already."""
+def blank(coefficients, start, stop):  # type: ignore[no-untyped-def]
+    """Zero the columns [start, stop) of a batch of coefficients."""
     zero = broadcast(coefficients.dtype.type(0))
-    for j in range(start, covered):
+    for j in range(start, stop):
         store(coefficients, j * LANES, zero)
 
 
