@@ -67,5 +67,5 @@ def _measure(
         image, photo = to_8bit(rgb), photos.fetch(index)
         l1 = float((image.double() - photo.double()).abs().mean()) / 255.0
         totals += torch.tensor([psnr(image, photo), ssim(image, photo), l1], dtype=torch.float64)
-    means = (totals / len(indices)).tolist()
-    return Measured(split, *means, num_gaussians=len(params["means"]))
+    mean_psnr, mean_ssim, mean_l1 = (totals / len(indices)).tolist()
+    return Measured(split, mean_psnr, mean_ssim, mean_l1, len(params["means"]))

@@ -10,7 +10,7 @@ from masksplat.cpu.simd import LANES, broadcast, load, square_root, store
 
 
 @device
-def adam_span(param, grad, exp_avg, exp_avg_sq, start, grad_start, count, factors):  # type: ignore[no-untyped-def]
+def adam_span(param, grad, exp_avg, exp_avg_sq, start, grad_start, count, factors):
     """Update param[start : start + count] of flat arrays with grad[grad_start : grad_start + count].
 
     `factors` is (beta1, beta2, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), eps). Whole vectors first, then single
@@ -38,7 +38,7 @@ def adam_span(param, grad, exp_avg, exp_avg_sq, start, grad_start, count, factor
 
 
 @kernel
-def adam_rows(task, num_tasks, param, grad, exp_avg, exp_avg_sq, factors):  # type: ignore[no-untyped-def]
+def adam_rows(task, num_tasks, param, grad, exp_avg, exp_avg_sq, factors):
     """One task's share of a dense update of flat arrays."""
     start, stop = task * param.size // num_tasks, (task + 1) * param.size // num_tasks
     adam_span(param, grad, exp_avg, exp_avg_sq, start, start, stop - start, factors)

@@ -80,7 +80,7 @@ def sort_keys(depths: Array) -> Array:
 
 
 @device
-def _tile_rows(boxes, s, region):  # type: ignore[no-untyped-def]
+def _tile_rows(boxes, s, region):
     """Half-open range of the region's tile rows that the pixel box touches."""
     top, bottom = max(boxes[s, 1], region[0]) - region[0], min(boxes[s, 3], region[1]) - region[0]
     if bottom <= top:
@@ -89,7 +89,7 @@ def _tile_rows(boxes, s, region):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _count(task, num_tasks, rows, boxes, footprints, region, counts, offsets):  # type: ignore[no-untyped-def]
+def _count(task, num_tasks, rows, boxes, footprints, region, counts, offsets):
     """Footprints, instances per tile (of this task) and, at offsets[s + 1], instances of splat s."""
     for s in range(task * boxes.shape[0] // num_tasks, (task + 1) * boxes.shape[0] // num_tasks):
         write_footprint(footprints, rows, boxes, s)
@@ -104,7 +104,7 @@ def _count(task, num_tasks, rows, boxes, footprints, region, counts, offsets):  
 
 
 @kernel
-def _emit(task, num_tasks, rows, boxes, footprints, region, cursors, offsets, splats, instances):  # type: ignore[no-untyped-def]
+def _emit(task, num_tasks, rows, boxes, footprints, region, cursors, offsets, splats, instances):
     """Put every instance of this task into its tile's list."""
     for s in range(task * boxes.shape[0] // num_tasks, (task + 1) * boxes.shape[0] // num_tasks):
         instance = offsets[s]
@@ -121,7 +121,7 @@ def _emit(task, num_tasks, rows, boxes, footprints, region, cursors, offsets, sp
 
 
 @kernel
-def _sort_tiles(task, num_tasks, tile_offsets, longest, keys, ids, splats, instances):  # type: ignore[no-untyped-def]
+def _sort_tiles(task, num_tasks, tile_offsets, longest, keys, ids, splats, instances):
     """Sort the lists of tiles task, task + num_tasks, ... front to back; equal depths in the order of their ids."""
     spare_splats, spare_instances = np.empty(longest, np.int32), np.empty(longest, np.int32)
     ends = np.empty(NUM_DIGITS, np.int64)
@@ -133,7 +133,7 @@ def _sort_tiles(task, num_tasks, tile_offsets, longest, keys, ids, splats, insta
 
 
 @device
-def _radix_pass(start, stop, digit, keys, splats, instances, spare_splats, spare_instances, ends):  # type: ignore[no-untyped-def]
+def _radix_pass(start, stop, digit, keys, splats, instances, spare_splats, spare_instances, ends):
     """Stable sort of a list by one byte of its keys; nothing is moved when all share it."""
     shift, mask = keys.dtype.type(8 * digit), keys.dtype.type(NUM_DIGITS - 1)
     ends[:] = 0
@@ -155,7 +155,7 @@ def _radix_pass(start, stop, digit, keys, splats, instances, spare_splats, spare
 
 
 @device
-def _order_ties_by_id(start, stop, keys, ids, splats, instances):  # type: ignore[no-untyped-def]
+def _order_ties_by_id(start, stop, keys, ids, splats, instances):
     """Insertion sort by id inside each run of equal depths (runs are short: clones before their first update)."""
     for at in range(start + 1, stop):
         splat, instance, k = splats[at], instances[at], at

@@ -35,13 +35,13 @@ def exp(x: Any) -> Any:
 
 
 @overload(exp)
-def _exp_overload(x):  # type: ignore[no-untyped-def]
+def _exp_overload(x):
     if not isinstance(x, VectorType):
         return None
     return _exp32 if x.dtype.bitwidth == 32 else _exp64
 
 
-def _exp32(x):  # type: ignore[no-untyped-def]
+def _exp32(x):
     lowest = broadcast(np.float32(_LOWEST))
     x = select_gt(x, lowest, x, lowest)
     n = round_to_integer(x * broadcast(np.float32(_LOG2E)))
@@ -56,7 +56,7 @@ def _exp32(x):  # type: ignore[no-untyped-def]
     return y * power_of_two(n)
 
 
-def _exp64(x):  # type: ignore[no-untyped-def]
+def _exp64(x):
     lowest = broadcast(np.float64(_LOWEST))
     x = select_gt(x, lowest, x, lowest)
     n = round_to_integer(x * broadcast(np.float64(_LOG2E)))

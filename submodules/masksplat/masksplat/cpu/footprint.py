@@ -31,7 +31,7 @@ NUM_FOOTPRINT = 5
 
 
 @device
-def write_footprint(footprints, rows, boxes, s):  # type: ignore[no-untyped-def]
+def write_footprint(footprints, rows, boxes, s):
     """footprints[s] = (a t, D, dy_max, dy_star, usable): what `span_of_band` needs of splat s."""
     footprints[s, 4] = 0.0
     if boxes[s, 2] - boxes[s, 0] <= NARROW:
@@ -47,7 +47,7 @@ def write_footprint(footprints, rows, boxes, s):  # type: ignore[no-untyped-def]
 
 
 @device
-def span_of_band(footprints, k, a, b, low, high):  # type: ignore[no-untyped-def]
+def span_of_band(footprints, k, a, b, low, high):
     """Range of dx that splat k reaches for dy in [low, high] (pixels); empty is (1, 0)."""
     at, det, dy_max, dy_star = footprints[k, 0], footprints[k, 1], footprints[k, 2], footprints[k, 3]
     low, high = max(low, -dy_max), min(high, dy_max)
@@ -62,7 +62,7 @@ def span_of_band(footprints, k, a, b, low, high):  # type: ignore[no-untyped-def
 
 
 @device
-def tiles_of_row(footprints, rows, boxes, k, tile_row, row_start):  # type: ignore[no-untyped-def]
+def tiles_of_row(footprints, rows, boxes, k, tile_row, row_start):
     """Half-open range of tile columns that splat k reaches in `tile_row` of the region starting at `row_start`."""
     first, last = boxes[k, 0], boxes[k, 2] - 1  # inclusive pixels
     # A footprint inside one column or one row of tiles is as wide as its box there.

@@ -25,7 +25,7 @@ EXP_LIMIT = 80
 
 
 @device
-def world_turn(camera):  # type: ignore[no-untyped-def]
+def world_turn(camera):
     """The nine entries of W, row-major."""
     return (
         broadcast(camera[0]), broadcast(camera[1]), broadcast(camera[2]),
@@ -35,13 +35,13 @@ def world_turn(camera):  # type: ignore[no-untyped-def]
 
 
 @device
-def mean_of(means, index):  # type: ignore[no-untyped-def]
+def mean_of(means, index):
     """World coordinates of the batch."""
     return column(means, index, 0), column(means, index, 1), column(means, index, 2)
 
 
 @device
-def camera_point(camera, turn, mean):  # type: ignore[no-untyped-def]
+def camera_point(camera, turn, mean):
     """World points to camera coordinates."""
     x, y, z = mean
     return (
@@ -52,7 +52,7 @@ def camera_point(camera, turn, mean):  # type: ignore[no-untyped-def]
 
 
 @device
-def unit_quaternion(quats, index):  # type: ignore[no-untyped-def]
+def unit_quaternion(quats, index):
     """(w, x, y, z) after normalisation, and 1 / norm."""
     w, x, y, z = column(quats, index, 0), column(quats, index, 1), column(quats, index, 2), column(quats, index, 3)
     inverse = broadcast(quats.dtype.type(1)) / square_root(w * w + x * x + y * y + z * z)
@@ -60,7 +60,7 @@ def unit_quaternion(quats, index):  # type: ignore[no-untyped-def]
 
 
 @device
-def rotation(one, quaternion):  # type: ignore[no-untyped-def]
+def rotation(one, quaternion):
     """Rotation matrix (9 vectors, row-major) of unit quaternions."""
     w, x, y, z, _ = quaternion
     two = one + one
@@ -72,7 +72,7 @@ def rotation(one, quaternion):  # type: ignore[no-untyped-def]
 
 
 @device
-def jacobian_terms(camera, x, y, inverse_z):  # type: ignore[no-untyped-def]
+def jacobian_terms(camera, x, y, inverse_z):
     """(j00, j02, j11, j12): the non-zero entries of J at the clamped x/z and y/z."""
     u = minimum(maximum(x * inverse_z, broadcast(camera[X_LOW])), broadcast(camera[X_HIGH]))
     v = minimum(maximum(y * inverse_z, broadcast(camera[Y_LOW])), broadcast(camera[Y_HIGH]))
@@ -82,7 +82,7 @@ def jacobian_terms(camera, x, y, inverse_z):  # type: ignore[no-untyped-def]
 
 
 @device
-def image_turn(terms, turn):  # type: ignore[no-untyped-def]
+def image_turn(terms, turn):
     """J W, (2, 3) as 6 vectors."""
     j00, j02, j11, j12 = terms
     return (
@@ -92,7 +92,7 @@ def image_turn(terms, turn):  # type: ignore[no-untyped-def]
 
 
 @device
-def half_projection(m, turned, scale):  # type: ignore[no-untyped-def]
+def half_projection(m, turned, scale):
     """J W R S, (2, 3) as 6 vectors: the square root of the 2D covariance. `m` is J W."""
     return (
         (m[0] * turned[0] + m[1] * turned[3] + m[2] * turned[6]) * scale[0],
@@ -105,7 +105,7 @@ def half_projection(m, turned, scale):  # type: ignore[no-untyped-def]
 
 
 @device
-def covariance_2d(half):  # type: ignore[no-untyped-def]
+def covariance_2d(half):
     """(xx, xy, yy) of half half^T, without the low-pass."""
     return (
         half[0] * half[0] + half[1] * half[1] + half[2] * half[2],
@@ -115,7 +115,7 @@ def covariance_2d(half):  # type: ignore[no-untyped-def]
 
 
 @device
-def determinants(half, cov, eps2d):  # type: ignore[no-untyped-def]
+def determinants(half, cov, eps2d):
     """(det(cov), det(cov + eps2d I)) without cancellation: the first is the squared area of the cross product."""
     nx = half[1] * half[5] - half[2] * half[4]
     ny = half[2] * half[3] - half[0] * half[5]
@@ -125,7 +125,7 @@ def determinants(half, cov, eps2d):  # type: ignore[no-untyped-def]
 
 
 @device
-def activated_scale(scales, index, activated):  # type: ignore[no-untyped-def]
+def activated_scale(scales, index, activated):
     """The three standard deviations in world units."""
     x, y, z = column(scales, index, 0), column(scales, index, 1), column(scales, index, 2)
     if activated:
@@ -135,7 +135,7 @@ def activated_scale(scales, index, activated):  # type: ignore[no-untyped-def]
 
 
 @device
-def activated_opacity(opacities, index, activated):  # type: ignore[no-untyped-def]
+def activated_opacity(opacities, index, activated):
     """Opacities in [0, 1]."""
     value = entry(opacities, index)
     if activated:
@@ -145,7 +145,7 @@ def activated_opacity(opacities, index, activated):  # type: ignore[no-untyped-d
 
 
 @device
-def view_direction(camera, mean):  # type: ignore[no-untyped-def]
+def view_direction(camera, mean):
     """(unit direction from the camera centre to the mean, 1 / distance)."""
     dx, dy = mean[0] - broadcast(camera[CENTRE]), mean[1] - broadcast(camera[CENTRE + 1])
     dz = mean[2] - broadcast(camera[CENTRE + 2])

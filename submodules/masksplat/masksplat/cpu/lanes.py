@@ -15,7 +15,7 @@ COEFFICIENTS = 48
 
 
 @device
-def column(array, index, c):  # type: ignore[no-untyped-def]
+def column(array, index, c):
     """Column c of a 2-D array at the batch's rows."""
     return pack(
         array[index[0], c], array[index[1], c], array[index[2], c], array[index[3], c],
@@ -24,7 +24,7 @@ def column(array, index, c):  # type: ignore[no-untyped-def]
 
 
 @device
-def entry(array, index):  # type: ignore[no-untyped-def]
+def entry(array, index):
     """A 1-D array at the batch's rows."""
     return pack(
         array[index[0]], array[index[1]], array[index[2]], array[index[3]],
@@ -33,32 +33,32 @@ def entry(array, index):  # type: ignore[no-untyped-def]
 
 
 @device
-def fill_batch(index, rows, first, count):  # type: ignore[no-untyped-def]
+def fill_batch(index, rows, first, count):
     """Set index to rows[first : first + count], repeating the last one."""
     for lane in range(LANES):
         index[lane] = rows[first + min(lane, count - 1)]
 
 
 @device
-def maximum(a, b):  # type: ignore[no-untyped-def]
+def maximum(a, b):
     """The larger of two lanes."""
     return select_gt(a, b, a, b)
 
 
 @device
-def minimum(a, b):  # type: ignore[no-untyped-def]
+def minimum(a, b):
     """The smaller of two lanes."""
     return select_gt(a, b, b, a)
 
 
 @device
-def group_start(group, width):  # type: ignore[no-untyped-def]
+def group_start(group, width):
     """First column of a group of eight; the last group of a row of `width` >= 8 columns overlaps the one before."""
     return min(group * LANES, width - LANES)
 
 
 @device
-def read_rows(flat, width, index, num_columns, out):  # type: ignore[no-untyped-def]
+def read_rows(flat, width, index, num_columns, out):
     """out[8 j :] = column j of rows of `width` numbers in a flat array, for j < num_columns (0, or 8 and more)."""
     for group in range((num_columns + LANES - 1) // LANES):
         start = group_start(group, width)
@@ -72,7 +72,7 @@ def read_rows(flat, width, index, num_columns, out):  # type: ignore[no-untyped-
 
 
 @device
-def store_eight(out, at, vectors):  # type: ignore[no-untyped-def]
+def store_eight(out, at, vectors):
     """Eight vectors one after the other."""
     store(out, at, vectors[0])
     store(out, at + 8, vectors[1])
@@ -85,7 +85,7 @@ def store_eight(out, at, vectors):  # type: ignore[no-untyped-def]
 
 
 @device
-def load_transposed(values, at):  # type: ignore[no-untyped-def]
+def load_transposed(values, at):
     """The eight vectors from values[at] on, transposed: one vector per lane."""
     return transpose(
         load(values, at), load(values, at + 8), load(values, at + 16), load(values, at + 24),

@@ -38,7 +38,7 @@ def row_length(width: int) -> int:
 
 
 @device
-def _blur_row(taps, padded, out):  # type: ignore[no-untyped-def]
+def _blur_row(taps, padded, out):
     """Horizontal blur of a padded row (PAD zeros on each side) into out."""
     for j in range(0, out.size, LANES):
         total = broadcast(taps[0]) * load(padded, j)
@@ -48,7 +48,7 @@ def _blur_row(taps, padded, out):  # type: ignore[no-untyped-def]
 
 
 @device
-def _blur_column(taps, rows, y, out):  # type: ignore[no-untyped-def]
+def _blur_column(taps, rows, y, out):
     """Vertical blur at row y of rows (h, n) into out (n,)."""
     first, last = max(0, y - RADIUS), min(rows.shape[0], y + RADIUS + 1)
     for j in range(0, out.size, LANES):
@@ -59,7 +59,7 @@ def _blur_column(taps, rows, y, out):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def blur_inputs(task, num_tasks, rgb, target, taps, blurred):  # type: ignore[no-untyped-def]
+def blur_inputs(task, num_tasks, rgb, target, taps, blurred):
     """Pass A: blurred (5, h, n) = horizontal blur of x, y, xx, yy, xy."""
     size, scale = rgb.shape[1], rgb.dtype.type(1.0 / 255.0)
     padded = np.zeros((BLURRED, blurred.shape[2] + 2 * PAD), rgb.dtype)
@@ -73,7 +73,7 @@ def blur_inputs(task, num_tasks, rgb, target, taps, blurred):  # type: ignore[no
 
 
 @device
-def _ssim_row(column, size, weight, padded):  # type: ignore[no-untyped-def]
+def _ssim_row(column, size, weight, padded):
     """Sum of SSIM over a row, and weight * dS/d(mu_x, Bxx, Bxy) into padded (3, PAD + n + PAD)."""
     real = column.dtype.type
     c1, c2, two = real(C1), real(C2), real(2)
@@ -95,7 +95,7 @@ def _ssim_row(column, size, weight, padded):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def ssim_map(task, num_tasks, blurred, own_rows, size, weight, taps, derivatives, ssim_sums):  # type: ignore[no-untyped-def]
+def ssim_map(task, num_tasks, blurred, own_rows, size, weight, taps, derivatives, ssim_sums):
     """Pass B: per-row sums of SSIM over the own rows, and the horizontal blur of its weighted derivatives."""
     height, length = blurred.shape[1], blurred.shape[2]
     column = np.empty((BLURRED, length), blurred.dtype)
@@ -112,7 +112,7 @@ def ssim_map(task, num_tasks, blurred, own_rows, size, weight, taps, derivatives
 
 
 @kernel
-def loss_gradient(task, num_tasks, rgb, target, derivatives, own_rows, l1_weight, taps, l1_sums, d_rgb):  # type: ignore[no-untyped-def]
+def loss_gradient(task, num_tasks, rgb, target, derivatives, own_rows, l1_weight, taps, l1_sums, d_rgb):
     """Pass C: per-row sums of |x - y| over the own rows, and the gradient of the weighted loss."""
     size, scale, two = rgb.shape[1], rgb.dtype.type(1.0 / 255.0), rgb.dtype.type(2)
     column = np.empty((DERIVATIVES, derivatives.shape[2]), rgb.dtype)

@@ -43,7 +43,7 @@ MEAN_X, MEAN_Y, DEPTH, COV_XX, COV_XY, COV_YY, DET, ALPHA, RED, GREEN, BLUE = ra
 
 
 @kernel
-def project_rows(task, num_tasks, gaussian, flat_shN, masks, camera, size, flags, limits, slots, rows, boxes, counts):  # type: ignore[no-untyped-def]
+def project_rows(task, num_tasks, gaussian, flat_shN, masks, camera, size, flags, limits, slots, rows, boxes, counts):
     """Project the rows of this task; visible ones are packed from the start of the task's own range.
 
     `gaussian` is (means, quats, scales, opacities, sh0, shN), `size` (width, height), `flags` (degree, activated,
@@ -78,7 +78,7 @@ def project_rows(task, num_tasks, gaussian, flat_shN, masks, camera, size, flags
 
 
 @device
-def project_batch(gaussian, flat_shN, index, camera, flags, limits, basis, coefficients, lanes):  # type: ignore[no-untyped-def]
+def project_batch(gaussian, flat_shN, index, camera, flags, limits, basis, coefficients, lanes):
     """Everything about eight Gaussians that needs no decision, into `lanes`."""
     means, quats, scales, opacities = gaussian[0], gaussian[1], gaussian[2], gaussian[3]
     one, eps2d = broadcast(means.dtype.type(1)), broadcast(limits[2])
@@ -108,7 +108,7 @@ def project_batch(gaussian, flat_shN, index, camera, flags, limits, basis, coeff
 
 
 @device
-def batch_colour(sh0, shN, flat_shN, index, camera, mean, flags, basis, coefficients):  # type: ignore[no-untyped-def]
+def batch_colour(sh0, shN, flat_shN, index, camera, mean, flags, basis, coefficients):
     """Colours of the batch; degree -1 takes sh0 as the colour."""
     degree, half = flags[0], broadcast(sh0.dtype.type(0.5))
     red, green, blue = column(sh0, index, 0), column(sh0, index, 1), column(sh0, index, 2)
@@ -123,7 +123,7 @@ def batch_colour(sh0, shN, flat_shN, index, camera, mean, flags, basis, coeffici
 
 
 @device
-def pack_lane(lanes, lane, size, rows, boxes, packed):  # type: ignore[no-untyped-def]
+def pack_lane(lanes, lane, size, rows, boxes, packed):
     """Write one splat to row `packed`; (slot value, False) when no pixel can see it."""
     real = lanes.dtype.type
     mean_x, mean_y = lanes[MEAN_X * LANES + lane], lanes[MEAN_Y * LANES + lane]
@@ -144,7 +144,7 @@ def pack_lane(lanes, lane, size, rows, boxes, packed):  # type: ignore[no-untype
 
 
 @device
-def touches_tiles_by_3dgs(mean_x, mean_y, xx, yy, det, size):  # type: ignore[no-untyped-def]
+def touches_tiles_by_3dgs(mean_x, mean_y, xx, yy, det, size):
     """3DGS's visibility: the square of half size ceil(3 sqrt(lambda_max)) overlaps a tile of the image.
 
     3DGS places pixel centres at integers, hence the half pixel.
@@ -162,7 +162,7 @@ def touches_tiles_by_3dgs(mean_x, mean_y, xx, yy, det, size):  # type: ignore[no
 
 
 @device
-def write_box(boxes, packed, mean_x, mean_y, xx, yy, opacity, size):  # type: ignore[no-untyped-def]
+def write_box(boxes, packed, mean_x, mean_y, xx, yy, opacity, size):
     """Bounding box of the ellipse alpha >= 1/255 in pixels, clipped to the image; False when it is empty."""
     t = 2.0 * math.log(np.float64(opacity) / ALPHA_MIN) + MARGIN_T
     reach_x = math.sqrt(t * np.float64(xx)) + MARGIN_PIXELS
@@ -179,7 +179,7 @@ def write_box(boxes, packed, mean_x, mean_y, xx, yy, opacity, size):  # type: ig
 @kernel
 def compact_rows(
     task, num_tasks, ids, slots, packed, packed_boxes, first, base, rows, boxes, depths, out_ids, gaussians
-):  # type: ignore[no-untyped-def]
+):
     """Move the packed rows of this task to first[task] on, and make slots global (`base` rows precede the view)."""
     start, stop = task * slots.size // num_tasks, (task + 1) * slots.size // num_tasks
     for i in range(start, stop):

@@ -56,7 +56,7 @@ BASES = 16
 
 
 @device
-def backward_scratch(means):  # type: ignore[no-untyped-def]
+def backward_scratch(means):
     """(basis, coefficients, small) for `batch_backward`: vectors, one after the other."""
     return (
         np.empty(BASES * LANES, means.dtype),
@@ -68,7 +68,7 @@ def backward_scratch(means):  # type: ignore[no-untyped-def]
 @device
 def chunk_backward(
     first, count, gaussian, flat_shN, cameras, limits, flags, slots, d_rows, scratch, batches, width, buffer
-):  # type: ignore[no-untyped-def]
+):
     """buffer[k * width :] = gradient of Gaussian first + k, summed over the views, for k < count.
 
     `gaussian` is (means, quats, scales, opacities, sh0, shN); `scratch` comes from `backward_scratch`; `batches` is
@@ -94,7 +94,7 @@ def chunk_backward(
 
 
 @device
-def batch_backward(gaussian, flat_shN, index, splat_index, camera, limits, flags, d_rows, scratch):  # type: ignore[no-untyped-def]
+def batch_backward(gaussian, flat_shN, index, splat_index, camera, limits, flags, d_rows, scratch):
     """Gradients of eight Gaussians from the gradients of their splats, into scratch."""
     basis, coefficients, small = scratch
     means, sh0, shN = gaussian[0], gaussian[4], gaussian[5]
@@ -110,7 +110,7 @@ def batch_backward(gaussian, flat_shN, index, splat_index, camera, limits, flags
 
 
 @device
-def colour_backward(sh0, shN, flat_shN, index, splat_index, camera, mean, degree, d_rows, basis, coefficients, small):  # type: ignore[no-untyped-def]
+def colour_backward(sh0, shN, flat_shN, index, splat_index, camera, mean, degree, d_rows, basis, coefficients, small):
     """SH gradients into scratch; returns the mean's gradient through the viewing direction."""
     d_red, d_green, d_blue = (
         column(d_rows, splat_index, 6),
@@ -142,7 +142,7 @@ def colour_backward(sh0, shN, flat_shN, index, splat_index, camera, mean, degree
 
 
 @device
-def geometry_backward(gaussian, index, splat_index, camera, turn, mean, eps, flags, d_rows, small):  # type: ignore[no-untyped-def]
+def geometry_backward(gaussian, index, splat_index, camera, turn, mean, eps, flags, d_rows, small):
     """Quaternion, scale and opacity into scratch; returns the gradient of the camera-space mean."""
     one, eps2d = broadcast(d_rows.dtype.type(1)), broadcast(eps)
     x, y, z = camera_point(camera, turn, mean)
@@ -170,7 +170,7 @@ def geometry_backward(gaussian, index, splat_index, camera, turn, mean, eps, fla
 
 
 @device
-def covariance_backward(cov, eps2d, inverse, d_rows, splat_index):  # type: ignore[no-untyped-def]
+def covariance_backward(cov, eps2d, inverse, d_rows, splat_index):
     """dL/d(xx, xy, yy) from dL/dconic: -K G K with K the conic and G the symmetric gradient."""
     zero = inverse - inverse
     a, b, c = (cov[2] + eps2d) * inverse, zero - cov[1] * inverse, (cov[0] + eps2d) * inverse
@@ -183,7 +183,7 @@ def covariance_backward(cov, eps2d, inverse, d_rows, splat_index):  # type: igno
 
 
 @device
-def antialias_backward(cov, before, after, eps2d, opacity, d_opacity, d_cov):  # type: ignore[no-untyped-def]
+def antialias_backward(cov, before, after, eps2d, opacity, d_opacity, d_cov):
     """(dL/dopacity, dL/dcov) through opacity * sqrt(det(cov) / det(cov + eps2d I)); 0 where the first vanishes."""
     zero = before - before
     factor = square_root(before / after)
@@ -200,7 +200,7 @@ def antialias_backward(cov, before, after, eps2d, opacity, d_opacity, d_cov):  #
 
 
 @device
-def half_backward(half, d_cov):  # type: ignore[no-untyped-def]
+def half_backward(half, d_cov):
     """dL/dhalf (6 vectors) from cov = half half^T."""
     two_xx, xy, two_yy = d_cov[0] + d_cov[0], d_cov[1], d_cov[2] + d_cov[2]
     return (
@@ -210,7 +210,7 @@ def half_backward(half, d_cov):  # type: ignore[no-untyped-def]
 
 
 @device
-def camera_backward(camera, terms, turn, turned, scale, d_half, d_rows, splat_index, x, y, inverse_z):  # type: ignore[no-untyped-def]
+def camera_backward(camera, terms, turn, turned, scale, d_half, d_rows, splat_index, x, y, inverse_z):
     """dL/d(camera point) through the 2D mean and through the Jacobian's dependence on the point."""
     j00, j02, j11, j12 = terms
     zero = j00 - j00
@@ -233,14 +233,14 @@ def camera_backward(camera, terms, turn, turned, scale, d_half, d_rows, splat_in
 
 
 @device
-def inside(camera, low, high, ratio, value, zero):  # type: ignore[no-untyped-def]
+def inside(camera, low, high, ratio, value, zero):
     """`value` where the ratio lies strictly between the camera's clamps, else 0."""
     above = select_gt(ratio, broadcast(camera[low]), value, zero)
     return select_gt(broadcast(camera[high]), ratio, above, zero)
 
 
 @device
-def turned_backward(m, d_half):  # type: ignore[no-untyped-def]
+def turned_backward(m, d_half):
     """(J W)^T d_half, (3, 3) row-major: dL/d(R S), so that column k times scale k is dL/dR."""
     return (
         m[0] * d_half[0] + m[3] * d_half[3], m[0] * d_half[1] + m[3] * d_half[4], m[0] * d_half[2] + m[3] * d_half[5],
@@ -250,7 +250,7 @@ def turned_backward(m, d_half):  # type: ignore[no-untyped-def]
 
 
 @device
-def quaternion_backward(quaternion, d_turned, scale, small):  # type: ignore[no-untyped-def]
+def quaternion_backward(quaternion, d_turned, scale, small):
     """dL/dquat through the rotation matrix and the normalisation, into scratch."""
     w, x, y, z, inverse = quaternion
     r00, r01, r02 = d_turned[0] * scale[0], d_turned[1] * scale[1], d_turned[2] * scale[2]
@@ -269,7 +269,7 @@ def quaternion_backward(quaternion, d_turned, scale, small):  # type: ignore[no-
 
 
 @device
-def add_batch(index, first, count, width, degree, num_higher, scratch, buffer):  # type: ignore[no-untyped-def]
+def add_batch(index, first, count, width, degree, num_higher, scratch, buffer):
     """Add the first `count` lanes of the scratch to their rows of the buffer."""
     _, coefficients, small = scratch
     for lane in range(count):
@@ -289,7 +289,7 @@ def add_batch(index, first, count, width, degree, num_higher, scratch, buffer): 
 
 
 @device
-def blank(coefficients, start, stop):  # type: ignore[no-untyped-def]
+def blank(coefficients, start, stop):
     """Zero the columns [start, stop) of a batch of coefficients."""
     zero = broadcast(coefficients.dtype.type(0))
     for j in range(start, stop):
@@ -297,7 +297,7 @@ def blank(coefficients, start, stop):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def project_backward_rows(task, num_tasks, gaussian, flat_shN, cameras, limits, flags, slots, d_rows, gradients):  # type: ignore[no-untyped-def]
+def project_backward_rows(task, num_tasks, gaussian, flat_shN, cameras, limits, flags, slots, d_rows, gradients):
     """Fill `gradients` (means, quats, scales, opacities, sh0, shN, masks) for the rows of this task."""
     means, shN = gaussian[0], gaussian[5]
     width, start = SHN + 3 * shN.shape[1], task * means.shape[0] // num_tasks

@@ -35,7 +35,7 @@ from masksplat.types import TILE
 @kernel
 def rasterize_tiles(
     task, num_tasks, rows, boxes, footprints, tile_offsets, splats, region, background, rgb, transmittance, ends, pairs
-):  # type: ignore[no-untyped-def]
+):
     """Composite the tiles task, task + num_tasks, ... into rgb (h, w, 3) and transmittance (h, w).
 
     `region` is (row_start, row_stop, tile columns, width). ends[tile] is set to one past the last list position
@@ -70,7 +70,7 @@ def rasterize_tiles(
 
 
 @device
-def composite(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, red, green, blue):  # type: ignore[no-untyped-def]
+def composite(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, red, green, blue):
     """Put one splat over the tile; returns the number of evaluated pairs."""
     real = light.dtype.type
     zero, alpha_max, alpha_min = constants(light)
@@ -100,7 +100,7 @@ def composite(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, red, gre
 
 
 @kernel
-def write_tile(light, red, green, blue, background, rgb, transmittance, tile_x, top, width, height):  # type: ignore[no-untyped-def]
+def write_tile(light, red, green, blue, background, rgb, transmittance, tile_x, top, width, height):
     """Undo the block layout and add what passes through of the background; `top` is the row inside the region."""
     for y in range(height):
         for x in range(width):

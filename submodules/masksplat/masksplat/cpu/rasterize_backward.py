@@ -37,7 +37,7 @@ from masksplat.types import NUM_ROW_COLUMNS, TILE, TRANSMITTANCE_MIN
 def rasterize_backward_tiles(
     task, num_tasks, rows, boxes, footprints, tile_offsets, splats, instances, region, rgb, transmittance, ends, d_rgb,
     d_transmittance, gradients,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+):  # fmt: skip
     """Write the gradient of every instance of the tiles task, task + num_tasks, ... to gradients[instance] (I, 10)."""
     light = np.empty(TILE_PIXELS, rgb.dtype)
     behind = np.empty(TILE_PIXELS, rgb.dtype)
@@ -79,7 +79,7 @@ def rasterize_backward_tiles(
 
 
 @kernel
-def read_tile(rgb, transmittance, d_rgb, d_transmittance, behind, pixel_gradient, tile_x, top, width, height):  # type: ignore[no-untyped-def]
+def read_tile(rgb, transmittance, d_rgb, d_transmittance, behind, pixel_gradient, tile_x, top, width, height):
     """Load g = dL/dC and S_0 = g . C + T_end dL/dT_end of each pixel into the block layout."""
     behind[:] = 0
     pixel_gradient[:] = 0
@@ -95,7 +95,7 @@ def read_tile(rgb, transmittance, d_rgb, d_transmittance, behind, pixel_gradient
 
 
 @device
-def sampled(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, behind, pixel_gradient, gradients, out):  # type: ignore[no-untyped-def]
+def sampled(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, behind, pixel_gradient, gradients, out):
     """All ten gradients of one splat with m != 0 over the tile, into gradients[out]."""
     real = light.dtype.type
     zero, alpha_max, alpha_min = constants(light)
@@ -143,7 +143,7 @@ def sampled(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, behind, pi
 
 
 @device
-def _finish(rows, s, gradients, out, power_sums, other_sums):  # type: ignore[no-untyped-def]
+def _finish(rows, s, gradients, out, power_sums, other_sums):
     """Turn the moments of dL/dpower into gradients of mean, conic and opacity."""
     half = gradients.dtype.type(0.5)
     s_0, s_x, s_y = horizontal_sum(power_sums[0]), horizontal_sum(power_sums[1]), horizontal_sum(power_sums[2])
@@ -158,7 +158,7 @@ def _finish(rows, s, gradients, out, power_sums, other_sums):  # type: ignore[no
 
 
 @device
-def unsampled(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, behind, pixel_gradient, gradients, out):  # type: ignore[no-untyped-def]
+def unsampled(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, behind, pixel_gradient, gradients, out):
     """Only the mask's gradient of a splat with m = 0, alpha (T g . c - S); nothing else is touched."""
     real = light.dtype.type
     zero, alpha_max, alpha_min = constants(light)
@@ -191,7 +191,7 @@ def unsampled(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, behind, 
 
 
 @kernel
-def sum_instances(task, num_tasks, instance_offsets, gradients, d_rows):  # type: ignore[no-untyped-def]
+def sum_instances(task, num_tasks, instance_offsets, gradients, d_rows):
     """Add each splat's instance gradients, in tile order, into d_rows (V, 10)."""
     for s in range(task * d_rows.shape[0] // num_tasks, (task + 1) * d_rows.shape[0] // num_tasks):
         for instance in range(instance_offsets[s], instance_offsets[s + 1]):

@@ -26,7 +26,7 @@ from masksplat.types import TILE
 
 
 @kernel
-def score_tiles(task, num_tasks, rows, boxes, footprints, tile_offsets, splats, instances, region, scores):  # type: ignore[no-untyped-def]
+def score_tiles(task, num_tasks, rows, boxes, footprints, tile_offsets, splats, instances, region, scores):
     """scores[instance] = (max, sum) of m alpha T over the tile's accepted pixels."""
     light, weights = np.empty(TILE_PIXELS, rows.dtype), np.empty(LANES, rows.dtype)
     lanes = np.empty(16, rows.dtype)
@@ -44,7 +44,7 @@ def score_tiles(task, num_tasks, rows, boxes, footprints, tile_offsets, splats, 
 
 
 @device
-def score(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, weights, scores, out):  # type: ignore[no-untyped-def]
+def score(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, weights, scores, out):
     """Pass one splat over the tile and add its blending weights to scores[out] = (max, sum)."""
     real = light.dtype.type
     zero, alpha_max, alpha_min = constants(light)
@@ -67,7 +67,7 @@ def score(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, weights, sco
 
 
 @device
-def store_weights(weight, weights, scores, out):  # type: ignore[no-untyped-def]
+def store_weights(weight, weights, scores, out):
     """Fold the lanes of `weight` into scores[out] = (max, sum)."""
     store(weights, 0, weight)
     for lane in range(LANES):
@@ -76,7 +76,7 @@ def store_weights(weight, weights, scores, out):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def sum_scores(instance_offsets, scores, maximum, total):  # type: ignore[no-untyped-def]
+def sum_scores(instance_offsets, scores, maximum, total):
     """Reduce instance scores to splats."""
     for s in range(maximum.size):
         for instance in range(instance_offsets[s], instance_offsets[s + 1]):

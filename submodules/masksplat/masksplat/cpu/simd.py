@@ -270,9 +270,7 @@ _ADD, _SUB, _MUL, _DIV = (_make_binary(name) for name in ("fadd", "fsub", "fmul"
 
 def _bind(function: Any, lowered: Any) -> None:
     # Lambdas without annotations: numba requires the typing and the implementing signature to be identical.
-    overload(function)(
-        lambda a, b: (lambda a, b: lowered(a, b)) if isinstance(a, VectorType) and a == b else None  # type: ignore[no-any-return]
-    )
+    overload(function)(lambda a, b: (lambda a, b: lowered(a, b)) if isinstance(a, VectorType) and a == b else None)
 
 
 for _function, _lowered in ((operator.add, _ADD), (operator.sub, _SUB), (operator.mul, _MUL), (operator.truediv, _DIV)):

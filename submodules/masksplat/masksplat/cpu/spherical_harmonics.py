@@ -23,13 +23,13 @@ C3_4 = 1.445305721320277  # sqrt(105 / (16 pi))
 
 
 @device
-def times(values, factor, vector):  # type: ignore[no-untyped-def]
+def times(values, factor, vector):
     """Factor * vector, with the Python number in the dtype of the array `values`."""
     return broadcast(values.dtype.type(factor)) * vector
 
 
 @device
-def write_basis(basis, degree, x, y, z):  # type: ignore[no-untyped-def]
+def write_basis(basis, degree, x, y, z):
     """Vectors basis[8 k :] for 1 <= k < (degree + 1)^2 at the unit direction (x, y, z); basis 0 is the constant C0."""
     if degree < 1:
         return
@@ -57,7 +57,7 @@ def write_basis(basis, degree, x, y, z):  # type: ignore[no-untyped-def]
 
 
 @device
-def colour_of(basis, coefficients, degree, red, green, blue):  # type: ignore[no-untyped-def]
+def colour_of(basis, coefficients, degree, red, green, blue):
     """Colour before the 0.5 offset from the degree-0 coefficients (red, green, blue) and the higher ones in scratch."""
     red, green, blue = times(basis, C0, red), times(basis, C0, green), times(basis, C0, blue)
     for k in range(1, (degree + 1) * (degree + 1)):
@@ -70,7 +70,7 @@ def colour_of(basis, coefficients, degree, red, green, blue):  # type: ignore[no
 
 
 @device
-def coefficient_gradient(basis, coefficients, degree, d_red, d_green, d_blue):  # type: ignore[no-untyped-def]
+def coefficient_gradient(basis, coefficients, degree, d_red, d_green, d_blue):
     """Replace the coefficients in scratch by their gradients and basis k by dL/dbasis_k."""
     for k in range(1, (degree + 1) * (degree + 1)):
         at = 3 * LANES * (k - 1)
@@ -84,7 +84,7 @@ def coefficient_gradient(basis, coefficients, degree, d_red, d_green, d_blue):  
 
 
 @device
-def direction_gradient(d_basis, degree, x, y, z):  # type: ignore[no-untyped-def]
+def direction_gradient(d_basis, degree, x, y, z):
     """dL/d(x, y, z), before the direction's normalisation, from the vectors dL/dbasis_k at d_basis[8 k :]."""
     zero = x - x
     if degree < 1:
@@ -105,7 +105,7 @@ def direction_gradient(d_basis, degree, x, y, z):  # type: ignore[no-untyped-def
 
 
 @device
-def _cubic_gradient(d_basis, x, y, z):  # type: ignore[no-untyped-def]
+def _cubic_gradient(d_basis, x, y, z):
     """The share of the seven bases of degree 3."""
     q9, q10 = times(d_basis, 3 * -C3_0, load(d_basis, 72)), times(d_basis, C3_1, load(d_basis, 80))
     q11, q12 = times(d_basis, -C3_2, load(d_basis, 88)), times(d_basis, 3 * C3_3, load(d_basis, 96))

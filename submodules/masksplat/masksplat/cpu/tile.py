@@ -27,7 +27,7 @@ CHECK_EVERY = 16
 
 
 @device
-def lane_offsets(lanes):  # type: ignore[no-untyped-def]
+def lane_offsets(lanes):
     """Fill lanes (16,) with the x (first 8) and y (last 8) offsets of the pixel centres of a block."""
     for lane in range(8):
         lanes[lane] = lane % BLOCK_WIDTH + 0.5
@@ -35,14 +35,14 @@ def lane_offsets(lanes):  # type: ignore[no-untyped-def]
 
 
 @device
-def tile_index(x, y):  # type: ignore[no-untyped-def]
+def tile_index(x, y):
     """Position of the tile's pixel (x, y) in a per-tile array."""
     block = (y // BLOCK_HEIGHT) * BLOCK_COLUMNS + x // BLOCK_WIDTH
     return block * 8 + (y % BLOCK_HEIGHT) * BLOCK_WIDTH + x % BLOCK_WIDTH
 
 
 @device
-def block_rows(boxes, s, tile_x, tile_y):  # type: ignore[no-untyped-def]
+def block_rows(boxes, s, tile_x, tile_y):
     """Half-open ranges (row_first, row_last, column_first, column_last) of blocks that splat s's pixel box touches."""
     x0, x1 = max(boxes[s, 0] - tile_x, 0), min(boxes[s, 2] - tile_x, TILE)
     y0, y1 = max(boxes[s, 1] - tile_y, 0), min(boxes[s, 3] - tile_y, TILE)
@@ -55,7 +55,7 @@ def block_rows(boxes, s, tile_x, tile_y):  # type: ignore[no-untyped-def]
 
 
 @device
-def block_columns(footprints, rows, s, tile_x, block_y, first, last):  # type: ignore[no-untyped-def]
+def block_columns(footprints, rows, s, tile_x, block_y, first, last):
     """Narrow the half-open block columns [first, last) of the block row at pixel `block_y` to the splat's ellipse."""
     # A narrow splat has no footprint; asking its box instead spares a cache line.
     if last - first < 3 or footprints[s, 4] == 0.0:
@@ -72,14 +72,14 @@ def block_columns(footprints, rows, s, tile_x, block_y, first, last):  # type: i
 
 
 @device
-def block_exponent(dx, dy, half_a, b, half_c):  # type: ignore[no-untyped-def]
+def block_exponent(dx, dy, half_a, b, half_c):
     """exp(-(a dx^2 + c dy^2) / 2 - b dx dy) per lane; the one expression every kernel evaluates."""
     inner = fma(half_a, dx, b * dy)
     return exp(fma(inner, dx, half_c * dy * dy))
 
 
 @device
-def block_alpha(exponent, opacity, zero, alpha_max, alpha_min):  # type: ignore[no-untyped-def]
+def block_alpha(exponent, opacity, zero, alpha_max, alpha_min):
     """(alpha, uncapped): alpha capped at 0.99 and 0 where it is below 1/255; `uncapped` is opacity * exponent."""
     uncapped = opacity * exponent
     alpha = select_gt(uncapped, alpha_max, alpha_max, uncapped)
@@ -87,7 +87,7 @@ def block_alpha(exponent, opacity, zero, alpha_max, alpha_min):  # type: ignore[
 
 
 @device
-def any_alive(transmittance):  # type: ignore[no-untyped-def]
+def any_alive(transmittance):
     """True while some pixel of the tile has not ended."""
     for at in range(0, TILE_PIXELS, 8):
         if any_positive(load(transmittance, at)):
@@ -96,7 +96,7 @@ def any_alive(transmittance):  # type: ignore[no-untyped-def]
 
 
 @device
-def prefetch_splat(splats, position, stop, rows, boxes):  # type: ignore[no-untyped-def]
+def prefetch_splat(splats, position, stop, rows, boxes):
     """Ask for the splat that the tile will need PREFETCH_AHEAD positions later: lists jump about in memory."""
     s = splats[min(position + PREFETCH_AHEAD, stop - 1)]
     prefetch(rows, s)
@@ -104,7 +104,7 @@ def prefetch_splat(splats, position, stop, rows, boxes):  # type: ignore[no-unty
 
 
 @device
-def start_transmittance(transmittance, width, height):  # type: ignore[no-untyped-def]
+def start_transmittance(transmittance, width, height):
     """1 for the tile's pixels inside width x height, -1 (ended) for those outside."""
     one = transmittance.dtype.type(1)
     for y in range(TILE):
@@ -113,7 +113,7 @@ def start_transmittance(transmittance, width, height):  # type: ignore[no-untype
 
 
 @device
-def advance(transmittance, at, before, effective, zero):  # type: ignore[no-untyped-def]
+def advance(transmittance, at, before, effective, zero):
     """Let the lanes `before` (> 0: alive) pass a splat of `effective` = mask * alpha; returns the weight a T.
 
     The pixel ends before the splat that would bring T below 1e-4: then the weight is 0 and -T is stored.
@@ -128,7 +128,7 @@ def advance(transmittance, at, before, effective, zero):  # type: ignore[no-unty
 
 
 @device
-def constants(array):  # type: ignore[no-untyped-def]
+def constants(array):
     """(zero, alpha_max, alpha_min) as vectors of the array's dtype."""
     real = array.dtype.type
     return broadcast(real(0)), broadcast(real(ALPHA_MAX)), broadcast(real(ALPHA_MIN))

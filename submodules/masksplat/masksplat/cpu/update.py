@@ -34,7 +34,7 @@ NUM_ATTRIBUTES = 6
 def update_rows(
     task, num_tasks, gaussian, flat, exp_avg, exp_avg_sq, factors, cameras, sizes, limits, flags, slots, d_rows,
     gradient_scale, norm_sum, view_count, d_masks,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+):  # fmt: skip
     """Update the rows of this task in place.
 
     `flat`, `exp_avg`, `exp_avg_sq` are the attributes and their moments as flat arrays, `factors` (6, 5) what
@@ -65,7 +65,7 @@ def update_rows(
 
 
 @device
-def add_statistics(i, slots, d_rows, sizes, norm_sum, view_count):  # type: ignore[no-untyped-def]
+def add_statistics(i, slots, d_rows, sizes, norm_sum, view_count):
     """3DGS's densify statistics: norm of the NDC-scaled gradient of the 2D mean, and the number of views."""
     half = norm_sum.dtype.type(0.5)
     for view in range(slots.shape[0]):
