@@ -38,7 +38,8 @@ from masksplat.cpu.spherical_harmonics import colour_of, write_basis
 from masksplat.types import ALPHA_MIN, NUM_ROW_COLUMNS, SLOT_NO_PIXEL, SLOT_UNSEEN, TILE
 
 BASES = 16
-MEAN_X, MEAN_Y, DEPTH, COV_XX, COV_XY, COV_YY, DET, ALPHA, RED, GREEN, BLUE = range(11)
+NUM_VECTORS = 8
+MEAN_X, MEAN_Y, DEPTH, COV_XX, COV_XY, COV_YY, DET, ALPHA = range(8)
 """Vectors of one projected batch, eight lanes each, in the array `lanes`."""
 
 
@@ -52,8 +53,7 @@ def project_rows(task, num_tasks, gaussian, flat_shN, masks, camera, size, flags
     """
     means = gaussian[0]
     start, stop = task * means.shape[0] // num_tasks, (task + 1) * means.shape[0] // num_tasks
-    basis, coefficients = np.empty(BASES * LANES, means.dtype), np.empty(COEFFICIENTS * LANES, means.dtype)
-    lanes, index = np.empty(11 * LANES, means.dtype), np.empty(LANES, np.int64)
+    lanes, index = np.empty(NUM_VECTORS * LANES, means.dtype), np.empty(LANES, np.int64)
     candidates = np.empty(stop - start, np.int64)
     num_candidates = 0
     for i in range(start, stop):
@@ -66,19 +66,41 @@ def project_rows(task, num_tasks, gaussian, flat_shN, masks, camera, size, flags
     for first in range(0, num_candidates, LANES):
         count = min(LANES, num_candidates - first)
         fill_batch(index, candidates, first, count)
-        project_batch(gaussian, flat_shN, index, camera, flags, limits, basis, coefficients, lanes)
+        project_batch(gaussian, index, camera, flags, limits, lanes)
         for lane in range(count):
             i = index[lane]
             slots[i], is_packed = pack_lane(lanes, lane, size, rows, boxes, packed)
             if is_packed:
                 rows[packed, 9] = masks[i]
                 slots[i] = packed - start
+                candidates[packed - start] = i  # never ahead of `first`: the list of packed rows overwrites it
                 packed += 1
     counts[task] = packed - start
+    colour_rows(gaussian, flat_shN, camera, flags, candidates, packed - start, start, lanes, index, rows)
 
 
 @device
-def project_batch(gaussian, flat_shN, index, camera, flags, limits, basis, coefficients, lanes):
+def colour_rows(gaussian, flat_shN, camera, flags, visible, num_visible, start, lanes, index, rows):
+    """Colours of the packed rows `start`, `start + 1`, ..., which are those of the Gaussians `visible`."""
+    means = gaussian[0]
+    basis, coefficients = np.empty(BASES * LANES, means.dtype), np.empty(COEFFICIENTS * LANES, means.dtype)
+    for first in range(0, num_visible, LANES):
+        count = min(LANES, num_visible - first)
+        fill_batch(index, visible, first, count)
+        mean = mean_of(means, index)
+        red, green, blue = batch_colour(
+            gaussian[4], gaussian[5], flat_shN, index, camera, mean, flags, basis, coefficients
+        )
+        store(lanes, 0, red)
+        store(lanes, LANES, green)
+        store(lanes, 2 * LANES, blue)
+        for lane in range(count):
+            for c in range(3):
+                rows[start + first + lane, 6 + c] = lanes[c * LANES + lane]
+
+
+@device
+def project_batch(gaussian, index, camera, flags, limits, lanes):
     """Everything about eight Gaussians that needs no decision, into `lanes`."""
     means, quats, scales, opacities = gaussian[0], gaussian[1], gaussian[2], gaussian[3]
     one, eps2d = broadcast(means.dtype.type(1)), broadcast(limits[2])
@@ -101,10 +123,6 @@ def project_batch(gaussian, flat_shN, index, camera, flags, limits, basis, coeff
     store(lanes, COV_YY * LANES, cov[2] + eps2d)
     store(lanes, DET * LANES, det)
     store(lanes, ALPHA * LANES, alpha)
-    red, green, blue = batch_colour(gaussian[4], gaussian[5], flat_shN, index, camera, mean, flags, basis, coefficients)
-    store(lanes, RED * LANES, red)
-    store(lanes, GREEN * LANES, green)
-    store(lanes, BLUE * LANES, blue)
 
 
 @device
@@ -137,8 +155,6 @@ def pack_lane(lanes, lane, size, rows, boxes, packed):
     rows[packed, 0], rows[packed, 1] = mean_x, mean_y
     rows[packed, 2], rows[packed, 4] = yy * inverse, xx * inverse
     rows[packed, 3], rows[packed, 5] = -lanes[COV_XY * LANES + lane] * inverse, opacity
-    for c in range(3):
-        rows[packed, 6 + c] = lanes[(RED + c) * LANES + lane]
     rows[packed, NUM_ROW_COLUMNS] = lanes[DEPTH * LANES + lane]
     return SLOT_NO_PIXEL, True
 
