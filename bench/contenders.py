@@ -16,8 +16,6 @@ from bench.raster_inputs import RasterInput
 from masksplat.ops import Body, get_body
 from masksplat.types import GaussianGradients, Splats
 
-NUM_WARM_UPS = 2
-
 
 class ChainTimes(NamedTuple):
     """Seconds of the four stages, each over all views of the input."""
@@ -131,13 +129,12 @@ class Measurement:
 
 
 def measure(contender: Contender, case: RasterInput, repeats: int) -> Measurement:
-    """Warm up, then repeat the chain; every contender gets the same treatment."""
+    """Warm up three times, then repeat the chain; every contender gets the same treatment."""
     start = time.perf_counter()
     contender.run(case)
     first_call = time.perf_counter() - start
-    for _ in range(NUM_WARM_UPS - 1):
-        contender.run(case)
-    memory = extra_memory(lambda: contender.run(case))
+    memory = extra_memory(lambda: contender.run(case))  # the second warm-up
+    result = contender.run(case)[1]  # and the third
     times = repeat(lambda: contender.run(case)[0], repeats)
     return Measurement(
         contender=contender.name,
@@ -146,7 +143,7 @@ def measure(contender: Contender, case: RasterInput, repeats: int) -> Measuremen
         compositing=Spread.of([each.rasterize + each.rasterize_backward for each in times]),
         chain=Spread.of([sum(each) for each in times]),
         extra_memory=memory,
-        result=contender.run(case)[1],
+        result=result,
     )
 
 

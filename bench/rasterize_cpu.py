@@ -185,7 +185,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--random", type=int, default=100_000, help="random Gaussians")
     parser.add_argument("--size", type=int, nargs=2, default=(400, 300), help="width and height of the random image")
     parser.add_argument("--only", choices=("model", "random"), help="measure one input only")
-    parser.add_argument("--repeats", type=int, default=7, help="repetitions, more where they take less than a second")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions, more where they take less than a second")
     parser.add_argument("--threads", type=int, default=2, help="threads of each side")
     parser.add_argument("--cpu", help="compile for this processor only, e.g. haswell: AVX2 without AVX-512")
     parser.add_argument("--cold", action="store_true", help="compile anew, so that `first` shows the time it takes")
