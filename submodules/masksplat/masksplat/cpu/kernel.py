@@ -1,15 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How every numba kernel of this package is compiled."""
+"""How every numba kernel of this package is compiled, and cached on disk beside the sources.
+
+numba checks a cached kernel against its own file only, but kernels inline functions of other files. Each one is
+therefore stamped with the sources of the whole package: after any change all of them are compiled again.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numba as nb
 
-kernel = nb.njit(nogil=True, cache=True, error_model="numpy")
-"""Releases the GIL (threads.py), is cached on disk beside the sources, and divides without a test for zero.
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def package_stamp(package: Path = PACKAGE) -> str:
+    """Hash of every Python source below `package`."""
+    digest = hashlib.sha256()
+    for source in sorted(package.rglob("*.py")):
+        digest.update(str(source.relative_to(package)).encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()
+
+
+_STAMP = package_stamp()
+
+
+def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    def decorate(function: Callable[..., Any]) -> Any:
+        # The GIL is released (threads.py), and division has no test for zero.
+        dispatcher = nb.njit(nogil=True, cache=True, error_model="numpy", **options)(function)
+        index = dispatcher._cache._cache_file
+        index._source_stamp = (index._source_stamp, _STAMP)
+        return dispatcher
+
+    return decorate
+
+
+kernel = _compiled()
+"""For functions that Python calls.
 
 Inner loops index whole arrays, `rows[s, 2]`: a view such as `rows[s]` costs two atomic reference counts each time.
 """
 
-device = nb.njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
-"""As `kernel`, for functions called in inner loops: a call passes every array as seven values and counts references."""
+device = _compiled(forceinline=True)
+"""For functions called in inner loops: a real call passes every array as seven values and counts references."""

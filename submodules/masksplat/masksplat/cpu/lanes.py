@@ -41,8 +41,8 @@ def fill_batch(index, rows, first, count):
 
 @device
 def maximum(a, b):
-    """The larger of two lanes."""
-    return select_gt(a, b, a, b)
+    """The larger of two lanes; a where a is no number, so that it is not hidden."""
+    return select_gt(b, a, b, a)
 
 
 @device
