@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
+from numba import types
 from numba.extending import intrinsic
 
 from masksplat.cpu.exponential import exp
+from masksplat.cpu.kernel import device, kernel
 from masksplat.cpu.simd import LANES, VectorType, broadcast, load, select_gt, store
 
 _PHILOX_ROUNDS = 10
@@ -48,7 +49,7 @@ def _uniform_integers(typingctx: Any, ids: Any, index: Any, counters: Any, like:
         real = ir.FloatType() if signature.return_type.dtype.bitwidth == 32 else ir.DoubleType()
         return builder.sitofp(narrow, ir.VectorType(real, LANES))
 
-    return result(ids, numba.types.intp, counters, like), codegen
+    return result(ids, types.intp, counters, like), codegen
 
 
 def _splat(builder: ir.IRBuilder, value: int | ir.Value) -> ir.Value:
@@ -77,7 +78,7 @@ def _philox_first_word(builder: ir.IRBuilder, identity: ir.Value, counters: list
     return c0
 
 
-@numba.njit(nogil=True, inline="always")
+@device
 def _sample_lanes(logits: Any, ids: Any, counters: Any, numbers: Any, mask: Any, keep_gradient: Any, row: Any) -> None:
     """Eight rows of `sample_kernel`."""
     one, lowest = broadcast(numbers[1]), broadcast(numbers[3])
@@ -90,7 +91,7 @@ def _sample_lanes(logits: Any, ids: Any, counters: Any, numbers: Any, mask: Any,
     store(keep_gradient, row, against / (total * total))
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def sample_kernel(logits: Any, ids: Any, counters: Any, numbers: Any, mask: Any, keep_gradient: Any) -> None:
     """Write the hard sample to `mask` and the derivative of the soft one by the logit to `keep_gradient`.
 
@@ -112,7 +113,7 @@ def sample_kernel(logits: Any, ids: Any, counters: Any, numbers: Any, mask: Any,
         keep_gradient[num_full:] = last[2, : num_rows - num_full]
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def update_kernel(
     logits: Any, d_mask: Any, keep_gradient: Any, exp_avg: Any, exp_avg_sq: Any, d_all: Any, adam: Any
 ) -> None:
