@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.measuring import Spread, extra_memory, repeat
+from bench.measuring import Disturbance, Spread, extra_memory, repeat
 from bench.raster_inputs import RasterInput
 from masksplat.ops import Body, get_body
 from masksplat.types import GaussianGradients, Splats
@@ -120,6 +120,7 @@ class Measurement:
     compositing: Spread  # rasterize and its backward
     chain: Spread  # all four stages
     extra_memory: int | None  # bytes on top of the process, at the peak of one chain
+    others: float  # cores busy for other programs during the repetitions
     result: ChainResult
 
     @property
@@ -129,12 +130,12 @@ class Measurement:
 
 
 def measure(contender: Contender, case: RasterInput, repeats: int) -> Measurement:
-    """Warm up three times, then repeat the chain; every contender gets the same treatment."""
+    """Warm up twice, then repeat the chain; every contender gets the same treatment."""
     start = time.perf_counter()
-    contender.run(case)
+    result = contender.run(case)[1]
     first_call = time.perf_counter() - start
     memory = extra_memory(lambda: contender.run(case))  # the second warm-up
-    result = contender.run(case)[1]  # and the third
+    disturbance = Disturbance()
     times = repeat(lambda: contender.run(case)[0], repeats)
     return Measurement(
         contender=contender.name,
@@ -143,6 +144,7 @@ def measure(contender: Contender, case: RasterInput, repeats: int) -> Measuremen
         compositing=Spread.of([each.rasterize + each.rasterize_backward for each in times]),
         chain=Spread.of([sum(each) for each in times]),
         extra_memory=memory,
+        others=disturbance.cores(),
         result=result,
     )
 

@@ -18,14 +18,15 @@ from typing import Any, TypeVar
 import llvmlite.binding
 import numba
 import numpy as np
+import psutil
 import torch
 
 from launch.machine import available_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 
-BUSY_LOAD = 0.7
-"""With a load average above this before the start, timings are called disturbed."""
+BUSY_CORES = 0.1
+"""With more cores than this busy for other programs during a measurement, its times are called disturbed."""
 
 LONGEST_REPEATING_SECONDS = 1.0
 """Fast calls are repeated until this much time has passed, beyond the wanted number of repetitions."""
@@ -89,6 +90,25 @@ def _return_free_memory() -> None:
 def _status_bytes(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+class Disturbance:
+    """Cores that other programs keep busy, on average, between its making and `cores()`."""
+
+    def __init__(self) -> None:
+        self._start = (time.perf_counter(), _busy_seconds() - time.process_time())
+
+    def cores(self) -> float:
+        """The average so far; the load average of the system is slower and counts this process, too."""
+        passed = time.perf_counter() - self._start[0]
+        others = _busy_seconds() - time.process_time() - self._start[1]
+        return max(0.0, others / passed) if passed > 0 else 0.0
+
+
+def _busy_seconds() -> float:
+    """Seconds that all cores together have worked since the machine started."""
+    times = psutil.cpu_times()
+    return float(times.user + times.system + getattr(times, "irq", 0.0) + getattr(times, "softirq", 0.0))
 
 
 def load_average() -> float:

@@ -24,7 +24,7 @@ import numba
 
 from bench.contenders import ChainTimes, Contender, Difference, Measurement, contenders, difference, measure
 from bench.exact_pairs import PairCount, count_view
-from bench.measuring import BUSY_LOAD, ROOT, Spread, describe_machine, load_average
+from bench.measuring import BUSY_CORES, ROOT, Spread, describe_machine, load_average
 from bench.raster_inputs import RasterInput, model_input, random_input, train_model
 from bench.verdicts import Target, format_table, write_json
 from launch.run import run_main
@@ -69,6 +69,11 @@ class Comparison:
         return float(num_pairs / getattr(self.ours, stage).median / 1e6)
 
     @property
+    def is_disturbed(self) -> bool:
+        """Whether other programs took part of the cores while one side was measured."""
+        return any(each.others > BUSY_CORES for each in self.measured)
+
+    @property
     def bodies_agree(self) -> bool:
         """Whether both sides computed the same picture and gradients, and the exact count the same light."""
         return self.light_gap < 0.02 and all(each.is_small() for each in self.differences)
@@ -78,8 +83,9 @@ def compare(case: RasterInput, sides: Sequence[Contender], repeats: int) -> Comp
     """Measure every side on one input and check that they agree."""
     measured = []
     for side in sides:
-        print(f"{case.name}: {side.name} ...", file=sys.stderr, flush=True)
+        print(f"{case.name}: {side.name} ... ", end="", file=sys.stderr, flush=True)
         measured.append(measure(side, case, repeats))
+        print(f"{measured[-1].chain.milliseconds()} ms", file=sys.stderr, flush=True)
     ours = measured[0].result
     total, gap = PairCount(0, 0, 0, 0), 0.0
     for view, size in enumerate(case.views.sizes):
@@ -105,7 +111,15 @@ def print_comparison(comparison: Comparison) -> None:
     case, pairs, ours = comparison.case, comparison.pairs, comparison.ours
     footprint = pairs.footprint / max(1, pairs.num_splats)
     print(f"\n{case.name}: {len(case.gaussians):,} Gaussians, {pairs.num_splats:,} splats, {footprint:.1f} pixels each")
-    head = ("milliseconds: median (range)", *ChainTimes._fields, "fwd + bwd", "whole chain", "first", "peak MB")
+    head = (
+        "milliseconds: median (range)",
+        *ChainTimes._fields,
+        "fwd + bwd",
+        "whole chain",
+        "first",
+        "peak MB",
+        "others",
+    )
     rows = [_time_row(each) for each in comparison.measured]
     print(format_table([cell.replace("_", " ") for cell in head], rows))
     evaluated, contributing = ours.result.num_pairs, pairs.contributing
@@ -129,6 +143,8 @@ def print_comparison(comparison: Comparison) -> None:
             f"gradients {each.gradient:.1e} (relative)"
         )
     print(f"light against the exact count: at most {comparison.light_gap:.1e}")
+    if comparison.is_disturbed:
+        print("DISTURBED: other programs took part of the cores (column others); these times prove nothing")
     print("the bodies agree" if comparison.bodies_agree else "THE BODIES DISAGREE: the times mean nothing")
 
 
@@ -136,7 +152,7 @@ def _time_row(measured: Measurement) -> list[str]:
     spreads = [*measured.stages, measured.compositing, measured.chain]
     memory = "-" if measured.extra_memory is None else f"{measured.extra_memory / 1e6:.0f}"
     times = [spread.milliseconds() for spread in spreads]
-    return [measured.contender, *times, f"{1e3 * measured.first_call:.0f}", memory]
+    return [measured.contender, *times, f"{1e3 * measured.first_call:.0f}", memory, f"{measured.others:.2f}"]
 
 
 def record_of(comparison: Comparison) -> dict[str, Any]:
@@ -157,6 +173,7 @@ def record_of(comparison: Comparison) -> dict[str, Any]:
         "differences": [asdict(each) for each in comparison.differences],
         "light_gap": comparison.light_gap,
         "bodies_agree": comparison.bodies_agree,
+        "is_disturbed": comparison.is_disturbed,
     }
 
 
@@ -169,6 +186,7 @@ def _measurement_record(measured: Measurement) -> dict[str, Any]:
         "compositing": asdict(measured.compositing),
         "chain": asdict(measured.chain),
         "extra_memory": measured.extra_memory,
+        "others": measured.others,
     }
 
 
@@ -181,7 +199,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("-m", "--model", type=Path, help="a folder of train.py; else one is trained, 2000 images")
     parser.add_argument("-s", "--data", type=Path, default=DEFAULT_DATA, help="the data set to train that model on")
-    parser.add_argument("--views", type=int, default=3, help="test views of the model that are drawn")
+    parser.add_argument("--views", type=int, default=2, help="test views of the model that are drawn")
     parser.add_argument("--random", type=int, default=100_000, help="random Gaussians")
     parser.add_argument("--size", type=int, nargs=2, default=(400, 300), help="width and height of the random image")
     parser.add_argument("--only", choices=("model", "random"), help="measure one input only")
@@ -230,10 +248,7 @@ def main(arguments: Sequence[str]) -> int:
         return in_fresh_process(arguments, options)
     machine = {**describe_machine(), "threads": options.threads, "load_before": load_average()}
     comparisons = [compare(case, contenders(options.threads), options.repeats) for case in inputs_of(options)]
-    machine["load_after"] = load_average()
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    if machine["load_before"] > BUSY_LOAD:
-        print(f"WARNING: the machine was busy before the start (load {machine['load_before']:.2f}); the times are high")
     for comparison in comparisons:
         print_comparison(comparison)
     targets = [target for comparison in comparisons for target in targets_of(comparison)]

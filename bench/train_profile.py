@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.measuring import BUSY_LOAD, ROOT, describe_machine, load_average
+from bench.measuring import BUSY_CORES, ROOT, Disturbance, describe_machine, load_average
 from bench.verdicts import Target, format_table, write_json
 from distributed.communicator import Communicator
 from launch.cli import parse_render, parse_train
@@ -182,14 +182,14 @@ def profiles_of(options: argparse.Namespace) -> tuple[Profile, Profile]:
 def main(arguments: Sequence[str]) -> int:
     """Profile, print, write; 1 with --strict when the target is missed."""
     options = parse(arguments)
-    load = load_average()
+    load, disturbance = load_average(), Disturbance()
     profiles = profiles_of(options)
     machine: dict[str, Any] = {}
     if options.log is None:  # an existing log may come from another machine
-        machine = {**describe_machine(), "load_before": load, "load_after": load_average()}
+        machine = {**describe_machine(), "load_before": load, "others": disturbance.cores()}
         print(", ".join(f"{name} {value}" for name, value in machine.items()))
-        if load > BUSY_LOAD:
-            print(f"WARNING: the machine was busy before the start (load {load:.2f}); the times are high")
+        if machine["others"] > BUSY_CORES:
+            print(f"DISTURBED: other programs kept {machine['others']:.2f} cores busy; the times are high")
     print_profiles(profiles)
     targets = [profile.target() for profile in profiles]
     print("\n" + "\n".join(target.line() for target in targets))

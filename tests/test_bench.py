@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -56,7 +59,7 @@ def test_rasterize_bench_prints_and_writes(rasterize_run, capsys):
     for each in case["measured"]:
         assert 0 < each["compositing"]["least"] <= each["compositing"]["median"] <= each["chain"]["largest"]
         assert each["compositing"]["repeats"] == 2
-    assert {"date", "processor", "numba_target", "load_before", "load_after"} <= content["machine"].keys()
+    assert {"date", "processor", "numba_target", "load_before"} <= content["machine"].keys()
 
 
 def test_speed_up_is_against_the_faster_peer_and_rates_count_pairs_once():
@@ -121,6 +124,19 @@ def test_repetitions_and_spread(monkeypatch):
     assert len(repeat(lambda: None, 1)) > 10
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0, 3)
     assert Spread.of([0.0123, 0.01, 1.5]).milliseconds() == "12.3 (10-1500)"
+
+
+def test_disturbance_counts_the_work_of_others_only(monkeypatch):
+    disturbance = measuring.Disturbance()
+    spinning = "import time\nstop = time.monotonic() + 1\nwhile time.monotonic() < stop: pass"
+    subprocess.run([sys.executable, "-c", spinning], check=True)
+    assert disturbance.cores() > 0.4
+    # All that is busy beside our own work is half a core of somebody else's.
+    monkeypatch.setattr(measuring, "_busy_seconds", lambda: time.process_time() + 0.5 * time.perf_counter())
+    disturbance, stop = measuring.Disturbance(), time.process_time() + 0.05
+    while time.process_time() < stop:
+        pass
+    assert disturbance.cores() == pytest.approx(0.5, abs=0.01)
 
 
 def test_extra_memory_sees_an_allocation():
