@@ -117,7 +117,7 @@ class CpuBody:
         self.team.run(
             project_backward_rows, self.num_tasks, table, table[5].reshape(-1), pack_cameras(views, dtype),
             _limits(settings, dtype),
-            _flags(settings), _array(splats.slots), _array(d_rows), tuple(_array(g) for g in gradients),
+            _flags(settings), _array(splats.slots), _array(d_rows), tuple(_array(g).reshape(-1) for g in gradients),
         )  # fmt: skip
         return gradients
 
@@ -137,13 +137,13 @@ class CpuBody:
         table = _table_arrays(gaussians)
         dtype = table[0].dtype
         d_masks = np.empty(len(gaussians), dtype)
-        factors = np.array([_adam_factors(step) for step in optimizer.steps], dtype)
+        factors = np.array([_adam_factors(step, gradient_scale) for step in optimizer.steps], dtype)
         self.team.run(
             update_rows, self.num_tasks, table, tuple(a.reshape(-1) for a in table),
             tuple(_array(m).reshape(-1) for m in optimizer.exp_avg),
             tuple(_array(v).reshape(-1) for v in optimizer.exp_avg_sq), factors, pack_cameras(views, dtype),
             np.array(views.sizes, np.int64), _limits(settings, dtype), _flags(settings), _array(splats.slots),
-            _array(d_rows), np.array([gradient_scale], dtype), _array(statistics.grad_norm_sum),
+            _array(d_rows), _array(statistics.grad_norm_sum),
             _array(statistics.view_count), d_masks,
         )  # fmt: skip
         return torch.from_numpy(d_masks)
@@ -304,6 +304,6 @@ def _limits(settings: ProjectionSettings, dtype: Any) -> Array:
     return np.array([settings.near_plane, settings.far_plane, settings.eps2d], dtype)
 
 
-def _adam_factors(step: AdamStep) -> tuple[float, ...]:
+def _adam_factors(step: AdamStep, gradient_scale: float = 1.0) -> tuple[float, ...]:
     rate = step.learning_rate / (1.0 - step.beta1**step.update)
-    return step.beta1, step.beta2, rate, (1.0 - step.beta2**step.update) ** -0.5, step.eps
+    return step.beta1, step.beta2, rate, (1.0 - step.beta2**step.update) ** -0.5, step.eps, gradient_scale

@@ -17,6 +17,10 @@ from masksplat.cpu.geometry import (
     CY,
     FX,
     FY,
+    X_HIGH,
+    X_LOW,
+    Y_HIGH,
+    Y_LOW,
     activated_opacity,
     activated_scale,
     camera_point,
@@ -39,6 +43,8 @@ from masksplat.types import ALPHA_MIN, NUM_ROW_COLUMNS, SLOT_NO_PIXEL, SLOT_UNSE
 
 BASES = 16
 NUM_VECTORS = 8
+ROUNDING_PIXELS = 3.0
+"""Slack of the cheap bound: the radius is rounded up, pixel centres differ by a half, float32 rounds."""
 MEAN_X, MEAN_Y, DEPTH, COV_XX, COV_XY, COV_YY, DET, ALPHA = range(8)
 """Vectors of one projected batch, eight lanes each, in the array `lanes`."""
 
@@ -58,8 +64,7 @@ def project_rows(task, num_tasks, gaussian, flat_shN, masks, camera, size, flags
     num_candidates = 0
     for i in range(start, stop):
         slots[i] = SLOT_UNSEEN
-        depth = camera[6] * means[i, 0] + camera[7] * means[i, 1] + camera[8] * means[i, 2] + camera[11]
-        if depth > limits[0] and depth < limits[1]:
+        if may_be_seen(means, gaussian[2], i, camera, size, flags[1], limits):
             candidates[num_candidates] = i
             num_candidates += 1
     packed = start
@@ -97,6 +102,30 @@ def colour_rows(gaussian, flat_shN, camera, flags, visible, num_visible, start, 
         for lane in range(count):
             for c in range(3):
                 rows[start + first + lane, 6 + c] = lanes[c * LANES + lane]
+
+
+@device
+def may_be_seen(means, scales, i, camera, size, activated, limits):
+    """False when Gaussian i is beyond the near or far plane, or certainly unseen by the rule of 3DGS: a cheap bound.
+
+    The 2D covariance is at most (largest scale * |J|)^2 + eps2d, |J|^2 <= (fx^2 (1 + u^2) + fy^2 (1 + v^2)) / z^2.
+    """
+    x, y, z = means[i, 0], means[i, 1], means[i, 2]
+    depth = camera[6] * x + camera[7] * y + camera[8] * z + camera[11]
+    if not (depth > limits[0] and depth < limits[1]):
+        return False
+    inverse = limits.dtype.type(1) / depth
+    mean_x = camera[FX] * (camera[0] * x + camera[1] * y + camera[2] * z + camera[9]) * inverse + camera[CX]
+    mean_y = camera[FY] * (camera[3] * x + camera[4] * y + camera[5] * z + camera[10]) * inverse + camera[CY]
+    outside = max(-mean_x, mean_x - size[0] - TILE, -mean_y, mean_y - size[1] - TILE) - ROUNDING_PIXELS
+    if outside <= 0:
+        return True
+    largest = max(scales[i, 0], scales[i, 1], scales[i, 2])
+    spread = (largest if activated else math.exp(largest)) * inverse
+    u, v = max(-camera[X_LOW], camera[X_HIGH]), max(-camera[Y_LOW], camera[Y_HIGH])
+    jacobian = camera[FX] * camera[FX] * (1 + u * u) + camera[FY] * camera[FY] * (1 + v * v)
+    # lambda_max <= trace + 1/3, where 1/3 is the square root of 3DGS's 0.1 rounded up.
+    return outside * outside <= 9.0 * (spread * spread * jacobian + 2.0 * limits[2] + 0.34)
 
 
 @device

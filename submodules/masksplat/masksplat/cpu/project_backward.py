@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradient of projection, for eight Gaussians at a time: from ten values per splat to the parameters.
 
-Everything is recomputed from the parameters; nothing is stored by the forward. A Gaussian's gradient is gathered in a
-row of SHN + 3 (K - 1) floats: mean 3, quaternion 4, scale 3, opacity 1, mask 1, sh0 3, shN.
+Everything is recomputed from the parameters; nothing is stored by the forward.
 """
 
 from __future__ import annotations
@@ -50,7 +49,8 @@ from masksplat.cpu.spherical_harmonics import (
     write_basis,
 )
 
-MEAN, QUAT, SCALE, OPACITY, MASK, SH0, SHN = 0, 3, 7, 10, 11, 12, 15
+MEAN, QUAT, SCALE, OPACITY, MASK, SH0, NUM_SMALL = 0, 3, 7, 10, 11, 12, 15
+"""Vectors of a batch's gradients, all but those of shN, in scratch."""
 
 BASES = 16
 
@@ -61,22 +61,21 @@ def backward_scratch(means):
     return (
         np.empty(BASES * LANES, means.dtype),
         np.empty((COEFFICIENTS + LANES) * LANES, means.dtype),
-        np.empty(SHN * LANES, means.dtype),
+        np.empty(NUM_SMALL * LANES, means.dtype),
     )
 
 
 @device
 def chunk_backward(
-    first, count, gaussian, flat_shN, cameras, limits, flags, slots, d_rows, scratch, batches, width, buffer
+    first, count, base, gaussian, flat_shN, cameras, limits, flags, slots, d_rows, scratch, batches, gradients
 ):
-    """buffer[k * width :] = gradient of Gaussian first + k, summed over the views, for k < count.
+    """Add the gradients of the Gaussians first, ..., first + count - 1, summed over the views, to `gradients`.
 
-    `gaussian` is (means, quats, scales, opacities, sh0, shN); `scratch` comes from `backward_scratch`; `batches` is
-    (visible rows (count,), rows in the lanes (8,), their splats (8,)) as work space.
+    `gradients` are flat arrays of means, quats, scales, opacities, sh0, shN and masks, their first row that of
+    Gaussian `base`. `gaussian` is (means, quats, scales, opacities, sh0, shN), `scratch` comes from
+    `backward_scratch`, `batches` is (visible rows (count,), rows in the lanes (8,), their splats (8,)) as work space.
     """
     visible, index, splat_index = batches
-    for k in range(count * width):
-        buffer[k] = 0
     for view in range(cameras.shape[0]):
         num_visible = 0
         for k in range(count):
@@ -90,7 +89,7 @@ def chunk_backward(
             for lane in range(LANES):
                 splat_index[lane] = slots[view, index[lane]]
             batch_backward(gaussian, flat_shN, index, splat_index, camera, limits, flags, d_rows, scratch)
-            add_batch(index, first, lanes, width, flags[0], gaussian[5].shape[1], scratch, buffer)
+            add_batch(index, base, lanes, flags[0], 3 * gaussian[5].shape[1], scratch, gradients)
 
 
 @device
@@ -269,23 +268,34 @@ def quaternion_backward(quaternion, d_turned, scale, small):
 
 
 @device
-def add_batch(index, first, count, width, degree, num_higher, scratch, buffer):
-    """Add the first `count` lanes of the scratch to their rows of the buffer."""
+def add_batch(index, base, count, degree, width, scratch, gradients):
+    """Add the first `count` lanes of the scratch to their rows; rows of shN have `width` numbers."""
     _, coefficients, small = scratch
-    for lane in range(count):
-        base = (index[lane] - first) * width
-        for c in range(SHN):
-            buffer[base + c] += small[c * LANES + lane]
+    add_columns(index, base, count, small, MEAN, 3, gradients[0])
+    add_columns(index, base, count, small, QUAT, 4, gradients[1])
+    add_columns(index, base, count, small, SCALE, 3, gradients[2])
+    add_columns(index, base, count, small, OPACITY, 1, gradients[3])
+    add_columns(index, base, count, small, SH0, 3, gradients[4])
+    add_columns(index, base, count, small, MASK, 1, gradients[6])
     num_active = 3 * ((degree + 1) * (degree + 1) - 1) if degree > 0 else 0
     spare = COEFFICIENTS * LANES
     for group in range((num_active + LANES - 1) // LANES):
-        start = group_start(group, 3 * num_higher)
+        start = group_start(group, width)
         blank(coefficients, start, group * LANES)  # added with the group before
         blank(coefficients, num_active, start + LANES)  # coefficients of degrees that are not in use yet
         store_eight(coefficients, spare, load_transposed(coefficients, start * LANES))
         for lane in range(count):
-            at = (index[lane] - first) * width + SHN + start
-            store(buffer, at, load(buffer, at) + load(coefficients, spare + lane * LANES))
+            at = (index[lane] - base) * width + start
+            store(gradients[5], at, load(gradients[5], at) + load(coefficients, spare + lane * LANES))
+
+
+@device
+def add_columns(index, base, count, small, start, width, target):
+    """Add `width` vectors from number `start` on to the rows of one attribute."""
+    for lane in range(count):
+        at = (index[lane] - base) * width
+        for c in range(width):
+            target[at + c] += small[(start + c) * LANES + lane]
 
 
 @device
@@ -298,23 +308,11 @@ def blank(coefficients, start, stop):
 
 @kernel
 def project_backward_rows(task, num_tasks, gaussian, flat_shN, cameras, limits, flags, slots, d_rows, gradients):
-    """Fill `gradients` (means, quats, scales, opacities, sh0, shN, masks) for the rows of this task."""
-    means, shN = gaussian[0], gaussian[5]
-    width, start = SHN + 3 * shN.shape[1], task * means.shape[0] // num_tasks
-    scratch, buffer = backward_scratch(means), np.empty(LANES * width, means.dtype)
-    batches = (np.empty(LANES, np.int64), np.empty(LANES, np.int64), np.empty(LANES, np.int64))
-    for first in range(start, (task + 1) * means.shape[0] // num_tasks, LANES):
-        count = min(LANES, (task + 1) * means.shape[0] // num_tasks - first)
-        chunk_backward(
-            first, count, gaussian, flat_shN, cameras, limits, flags, slots, d_rows, scratch, batches, width, buffer
-        )
-        for k in range(count):
-            i, out = first + k, k * width
-            for c in range(3):
-                gradients[0][i, c], gradients[2][i, c] = buffer[out + MEAN + c], buffer[out + SCALE + c]
-                gradients[4][i, c] = buffer[out + SH0 + c]
-            for c in range(4):
-                gradients[1][i, c] = buffer[out + QUAT + c]
-            gradients[3][i], gradients[6][i] = buffer[out + OPACITY], buffer[out + MASK]
-            for j in range(3 * shN.shape[1]):
-                gradients[5][i, j // 3, j % 3] = buffer[out + SHN + j]
+    """Add to `gradients` (flat: means, quats, scales, opacities, sh0, shN, masks) for the rows of this task."""
+    means = gaussian[0]
+    scratch = backward_scratch(means)
+    start, stop = task * means.shape[0] // num_tasks, (task + 1) * means.shape[0] // num_tasks
+    batches = (np.empty(stop - start, np.int64), np.empty(LANES, np.int64), np.empty(LANES, np.int64))
+    chunk_backward(
+        start, stop - start, 0, gaussian, flat_shN, cameras, limits, flags, slots, d_rows, scratch, batches, gradients
+    )

@@ -9,17 +9,7 @@ import numpy as np
 
 from masksplat.cpu.adam import adam_span
 from masksplat.cpu.kernel import device, kernel
-from masksplat.cpu.project_backward import (
-    MASK,
-    MEAN,
-    OPACITY,
-    QUAT,
-    SCALE,
-    SH0,
-    SHN,
-    backward_scratch,
-    chunk_backward,
-)
+from masksplat.cpu.project_backward import backward_scratch, chunk_backward
 from masksplat.cpu.simd import LANES
 from masksplat.types import SLOT_UNSEEN
 
@@ -33,35 +23,59 @@ NUM_ATTRIBUTES = 6
 @kernel
 def update_rows(
     task, num_tasks, gaussian, flat, exp_avg, exp_avg_sq, factors, cameras, sizes, limits, flags, slots, d_rows,
-    gradient_scale, norm_sum, view_count, d_masks,
+    norm_sum, view_count, d_masks,
 ):  # fmt: skip
     """Update the rows of this task in place.
 
-    `flat`, `exp_avg`, `exp_avg_sq` are the attributes and their moments as flat arrays, `factors` (6, 5) what
-    `adam_span` needs for each. `gradient_scale` (1,) multiplies parameter gradients and d_masks, not the statistics.
+    `flat`, `exp_avg`, `exp_avg_sq` are the attributes and their moments as flat arrays, `factors` (6, 6) what
+    `adam_span` needs for each; its gradient scale applies to d_masks, too, but not to the statistics.
     """
-    means, num_higher = gaussian[0], 3 * gaussian[5].shape[1]
-    num_rows, width = means.shape[0], SHN + num_higher
+    means = gaussian[0]
+    num_rows, num_higher = means.shape[0], 3 * gaussian[5].shape[1]
     scratch = backward_scratch(means)
-    rows, columns = np.empty(ROWS_PER_CHUNK * width, means.dtype), np.empty(ROWS_PER_CHUNK * width, means.dtype)
     batches = (np.empty(ROWS_PER_CHUNK, np.int64), np.empty(LANES, np.int64), np.empty(LANES, np.int64))
-    starts = np.array([MEAN, QUAT, SCALE, OPACITY, SH0, SHN])
-    widths = np.array([3, 4, 3, 1, 3, num_higher])
+    widths = np.array([3, 4, 3, 1, 3, num_higher, 1])
+    gradients = chunk_gradients(means, num_higher)
     stop = (task + 1) * num_rows // num_tasks
     for first in range(task * num_rows // num_tasks, stop, ROWS_PER_CHUNK):
         count = min(ROWS_PER_CHUNK, stop - first)
         chunk_backward(
-            first, count, gaussian, flat[5], cameras, limits, flags, slots, d_rows, scratch, batches, width, rows
+            first, count, first, gaussian, flat[5], cameras, limits, flags, slots, d_rows, scratch, batches, gradients
         )
         for k in range(count):
-            d_masks[first + k] = rows[k * width + MASK] * gradient_scale[0]
+            d_masks[first + k] = gradients[6][k] * factors[0, 5]
             add_statistics(first + k, slots, d_rows, sizes, norm_sum, view_count)
         for q in range(NUM_ATTRIBUTES):
-            for k in range(count):
-                for c in range(widths[q]):
-                    columns[k * widths[q] + c] = rows[k * width + starts[q] + c] * gradient_scale[0]
             at, size = first * widths[q], count * widths[q]
-            adam_span(flat[q], columns, exp_avg[q], exp_avg_sq[q], at, 0, size, factors[q])
+            adam_span(flat[q], gradients[q], exp_avg[q], exp_avg_sq[q], at, 0, size, factors[q])
+        clear_rows(first, count, slots, widths, gradients)
+
+
+@device
+def chunk_gradients(means, num_higher):
+    """Zero gradients of a chunk: flat arrays of means, quats, scales, opacities, sh0, shN, masks."""
+    return (
+        np.zeros(ROWS_PER_CHUNK * 3, means.dtype),
+        np.zeros(ROWS_PER_CHUNK * 4, means.dtype),
+        np.zeros(ROWS_PER_CHUNK * 3, means.dtype),
+        np.zeros(ROWS_PER_CHUNK, means.dtype),
+        np.zeros(ROWS_PER_CHUNK * 3, means.dtype),
+        np.zeros(ROWS_PER_CHUNK * num_higher, means.dtype),
+        np.zeros(ROWS_PER_CHUNK, means.dtype),
+    )
+
+
+@device
+def clear_rows(first, count, slots, widths, gradients):
+    """Zero the rows that have a splat in some view; the others are zero already."""
+    for k in range(count):
+        is_used = False
+        for view in range(slots.shape[0]):
+            is_used = is_used or slots[view, first + k] >= 0
+        if is_used:
+            for q in range(NUM_ATTRIBUTES + 1):
+                for c in range(k * widths[q], (k + 1) * widths[q]):
+                    gradients[q][c] = 0
 
 
 @device
