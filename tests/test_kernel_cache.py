@@ -22,8 +22,8 @@ print(sum(adam_rows.stats.cache_hits.values()))
 
 def run(copy: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": str(copy), "NUMBA_CACHE_DIR": str(copy / "cache")}
-    finished = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=True)
-    return finished.stdout.strip()
+    command = [sys.executable, "-c", PROBE]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_a_change_in_another_file_compiles_a_kernel_again(tmp_path: Path) -> None:
