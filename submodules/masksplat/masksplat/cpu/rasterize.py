@@ -21,11 +21,12 @@ from masksplat.cpu.tile import (
     any_alive,
     block_alpha,
     block_columns,
-    block_exponent,
     block_rows,
     constants,
     lane_offsets,
     prefetch_splat,
+    splat_colour,
+    splat_shape,
     start_transmittance,
     tile_index,
 )
@@ -73,12 +74,11 @@ def rasterize_tiles(
 def composite(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, red, green, blue):
     """Put one splat over the tile; returns the number of evaluated pairs."""
     real = light.dtype.type
-    zero, alpha_max, alpha_min = constants(light)
-    half_a, b, half_c = broadcast(real(-0.5) * rows[s, 2]), broadcast(-rows[s, 3]), broadcast(real(-0.5) * rows[s, 4])
-    opacity, mask = broadcast(rows[s, 5]), broadcast(rows[s, 9])
-    c_red, c_green, c_blue = broadcast(rows[s, 6]), broadcast(rows[s, 7]), broadcast(rows[s, 8])
-    mean_x, mean_y = broadcast(rows[s, 0] - real(tile_x)), broadcast(rows[s, 1] - real(tile_y))
-    lane_x, lane_y = load(lanes, 0) - mean_x, load(lanes, 8) - mean_y
+    limits = constants(light)
+    zero = limits[0]
+    form, lane_x, lane_y = splat_shape(rows, s, lanes, tile_x, tile_y)
+    mask = broadcast(rows[s, 9])
+    c_red, c_green, c_blue = splat_colour(rows, s)
     first_row, last_row, first, last = block_rows(boxes, s, tile_x, tile_y)
     blocks = 0
     for block_row in range(first_row, last_row):
@@ -89,7 +89,7 @@ def composite(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, red, gre
             at = (block_row * BLOCK_COLUMNS + column) * 8
             before = load(light, at)
             dx = lane_x + broadcast(real(column * BLOCK_WIDTH))
-            alpha, _ = block_alpha(block_exponent(dx, dy, half_a, b, half_c), opacity, zero, alpha_max, alpha_min)
+            alpha, _ = block_alpha(form, dx, dy, limits)
             if any_positive(select_gt(before, zero, alpha, zero)):
                 weight = advance(light, at, before, mask * alpha, zero)
                 store(red, at, fma(weight, c_red, load(red, at)))

@@ -22,11 +22,12 @@ from masksplat.cpu.tile import (
     advance,
     block_alpha,
     block_columns,
-    block_exponent,
     block_rows,
     constants,
     lane_offsets,
     prefetch_splat,
+    splat_colour,
+    splat_shape,
     start_transmittance,
     tile_index,
 )
@@ -98,13 +99,12 @@ def read_tile(rgb, transmittance, d_rgb, d_transmittance, behind, pixel_gradient
 def sampled(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, behind, pixel_gradient, gradients, out):
     """All ten gradients of one splat with m != 0 over the tile, into gradients[out]."""
     real = light.dtype.type
-    zero, alpha_max, alpha_min = constants(light)
+    limits = constants(light)
+    zero = limits[0]
+    form, lane_x, lane_y = splat_shape(rows, s, lanes, tile_x, tile_y)
     one, minimum = broadcast(real(1)), broadcast(real(TRANSMITTANCE_MIN))
-    half_a, b, half_c = broadcast(real(-0.5) * rows[s, 2]), broadcast(-rows[s, 3]), broadcast(real(-0.5) * rows[s, 4])
-    opacity, mask = broadcast(rows[s, 5]), broadcast(rows[s, 9])
-    red, green, blue = broadcast(rows[s, 6]), broadcast(rows[s, 7]), broadcast(rows[s, 8])
-    lane_x = load(lanes, 0) - broadcast(rows[s, 0] - real(tile_x))
-    lane_y = load(lanes, 8) - broadcast(rows[s, 1] - real(tile_y))
+    mask = broadcast(rows[s, 9])
+    red, green, blue = splat_colour(rows, s)
     s_0 = s_x = s_y = s_xx = s_xy = s_yy = d_red = d_green = d_blue = d_mask = zero
     first_row, last_row, first, last = block_rows(boxes, s, tile_x, tile_y)
     for block_row in range(first_row, last_row):
@@ -115,8 +115,7 @@ def sampled(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, behind, pi
             at = (block_row * BLOCK_COLUMNS + column) * 8
             before = load(light, at)
             dx = lane_x + broadcast(real(column * BLOCK_WIDTH))
-            exponent = block_exponent(dx, dy, half_a, b, half_c)
-            alpha, uncapped = block_alpha(exponent, opacity, zero, alpha_max, alpha_min)
+            alpha, uncapped = block_alpha(form, dx, dy, limits)
             if any_positive(select_gt(before, zero, alpha, zero)):
                 effective = mask * alpha
                 weight = advance(light, at, before, effective, zero)
@@ -135,7 +134,7 @@ def sampled(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, behind, pi
                     fma(weight, g_green, d_green),
                     fma(weight, g_blue, d_blue),
                 )
-                d_power = select_gt(uncapped, alpha_max, zero, mask * shared)
+                d_power = select_gt(uncapped, limits[1], zero, mask * shared)
                 s_0, moment_x, moment_y = s_0 + d_power, d_power * dx, d_power * dy
                 s_x, s_y = s_x + moment_x, s_y + moment_y
                 s_xx, s_xy, s_yy = fma(moment_x, dx, s_xx), fma(moment_x, dy, s_xy), fma(moment_y, dy, s_yy)
@@ -161,12 +160,10 @@ def _finish(rows, s, gradients, out, power_sums, other_sums):
 def unsampled(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, behind, pixel_gradient, gradients, out):
     """Only the mask's gradient of a splat with m = 0, alpha (T g . c - S); nothing else is touched."""
     real = light.dtype.type
-    zero, alpha_max, alpha_min = constants(light)
-    half_a, b, half_c = broadcast(real(-0.5) * rows[s, 2]), broadcast(-rows[s, 3]), broadcast(real(-0.5) * rows[s, 4])
-    opacity = broadcast(rows[s, 5])
-    red, green, blue = broadcast(rows[s, 6]), broadcast(rows[s, 7]), broadcast(rows[s, 8])
-    lane_x = load(lanes, 0) - broadcast(rows[s, 0] - real(tile_x))
-    lane_y = load(lanes, 8) - broadcast(rows[s, 1] - real(tile_y))
+    limits = constants(light)
+    zero = limits[0]
+    form, lane_x, lane_y = splat_shape(rows, s, lanes, tile_x, tile_y)
+    red, green, blue = splat_colour(rows, s)
     d_mask = zero
     first_row, last_row, first, last = block_rows(boxes, s, tile_x, tile_y)
     for block_row in range(first_row, last_row):
@@ -177,7 +174,7 @@ def unsampled(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, behind, 
             at = (block_row * BLOCK_COLUMNS + column) * 8
             before = load(light, at)
             dx = lane_x + broadcast(real(column * BLOCK_WIDTH))
-            alpha, _ = block_alpha(block_exponent(dx, dy, half_a, b, half_c), opacity, zero, alpha_max, alpha_min)
+            alpha, _ = block_alpha(form, dx, dy, limits)
             alive_alpha = select_gt(before, zero, alpha, zero)
             if any_positive(alive_alpha):
                 g_colour = load(pixel_gradient, 2 * TILE_PIXELS + at) * blue

@@ -16,10 +16,10 @@ from masksplat.cpu.tile import (
     any_alive,
     block_alpha,
     block_columns,
-    block_exponent,
     block_rows,
     constants,
     lane_offsets,
+    splat_shape,
     start_transmittance,
 )
 from masksplat.types import TILE
@@ -47,11 +47,10 @@ def score_tiles(task, num_tasks, rows, boxes, footprints, tile_offsets, splats, 
 def score(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, weights, scores, out):
     """Pass one splat over the tile and add its blending weights to scores[out] = (max, sum)."""
     real = light.dtype.type
-    zero, alpha_max, alpha_min = constants(light)
-    half_a, b, half_c = broadcast(real(-0.5) * rows[s, 2]), broadcast(-rows[s, 3]), broadcast(real(-0.5) * rows[s, 4])
-    opacity, mask = broadcast(rows[s, 5]), broadcast(rows[s, 9])
-    lane_x = load(lanes, 0) - broadcast(rows[s, 0] - real(tile_x))
-    lane_y = load(lanes, 8) - broadcast(rows[s, 1] - real(tile_y))
+    limits = constants(light)
+    zero = limits[0]
+    form, lane_x, lane_y = splat_shape(rows, s, lanes, tile_x, tile_y)
+    mask = broadcast(rows[s, 9])
     first_row, last_row, first, last = block_rows(boxes, s, tile_x, tile_y)
     for block_row in range(first_row, last_row):
         y = block_row * BLOCK_HEIGHT
@@ -61,7 +60,7 @@ def score(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, weights, sco
             at = (block_row * BLOCK_COLUMNS + column) * 8
             before = load(light, at)
             dx = lane_x + broadcast(real(column * BLOCK_WIDTH))
-            alpha, _ = block_alpha(block_exponent(dx, dy, half_a, b, half_c), opacity, zero, alpha_max, alpha_min)
+            alpha, _ = block_alpha(form, dx, dy, limits)
             if any_positive(select_gt(before, zero, alpha, zero)):
                 store_weights(advance(light, at, before, mask * alpha, zero), weights, scores, out)
 

@@ -72,16 +72,36 @@ def block_columns(footprints, rows, s, tile_x, block_y, first, last):
 
 
 @device
-def block_exponent(dx, dy, half_a, b, half_c):
-    """exp(-(a dx^2 + c dy^2) / 2 - b dx dy) per lane; the one expression every kernel evaluates."""
-    inner = fma(half_a, dx, b * dy)
-    return exp(fma(inner, dx, half_c * dy * dy))
+def splat_shape(rows, s, lanes, tile_x, tile_y):
+    """What `block_alpha` and the block loops need of splat s: (-a/2, -b, -c/2, opacity), and the lanes' offsets
+    (x, y) from the mean to the pixels of the tile's first block."""
+    real = rows.dtype.type
+    form = (
+        broadcast(real(-0.5) * rows[s, 2]),
+        broadcast(-rows[s, 3]),
+        broadcast(real(-0.5) * rows[s, 4]),
+        broadcast(rows[s, 5]),
+    )
+    lane_x = load(lanes, 0) - broadcast(rows[s, 0] - real(tile_x))
+    lane_y = load(lanes, 8) - broadcast(rows[s, 1] - real(tile_y))
+    return form, lane_x, lane_y
 
 
 @device
-def block_alpha(exponent, opacity, zero, alpha_max, alpha_min):
-    """(alpha, uncapped): alpha capped at 0.99 and 0 where it is below 1/255; `uncapped` is opacity * exponent."""
-    uncapped = opacity * exponent
+def splat_colour(rows, s):
+    """Red, green and blue of splat s."""
+    return broadcast(rows[s, 6]), broadcast(rows[s, 7]), broadcast(rows[s, 8])
+
+
+@device
+def block_alpha(form, dx, dy, limits):
+    """(alpha, uncapped) with uncapped = opacity * exp(-(a dx^2 + c dy^2) / 2 - b dx dy); alpha is at most 0.99, or 0.
+
+    `limits` comes from `constants`. The one expression that every kernel evaluates.
+    """
+    half_a, b, half_c, opacity = form
+    zero, alpha_max, alpha_min = limits
+    uncapped = opacity * exp(fma(fma(half_a, dx, b * dy), dx, half_c * dy * dy))
     alpha = select_gt(uncapped, alpha_max, alpha_max, uncapped)
     return select_ge(alpha, alpha_min, alpha, zero), uncapped
 
