@@ -16,6 +16,7 @@ from launch.progress import TrainingProgress
 from launch.recorder import Recorder
 from launch.run import run_main, tee_output
 from launch.training import Training, build_training
+from launch.world import refuse_several_processes
 from launch.wrap_up import wrap_up
 from scene.errors import InputError
 from scene.model_folder import ModelFolder
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str]) -> int:
 def join_world() -> Communicator:
     """This process's place among the processes of the run. Raises: InputError when there are several."""
     try:
+        refuse_several_processes()
         return Communicator.from_environment()
     except ValueError as error:
         raise InputError(str(error)) from error
