@@ -37,19 +37,24 @@ TRAINING = (
     *("--densify_until_iter", "2200"),
     *("--densify_grad_threshold", "0.00035"),
     *("--opacity_reset_interval", "30000"),
-    *("--lambda_mask", "0.005"),
+    *("--lambda_mask", "0.01"),
+    *("--mask_from_iter", "2200"),
+    *("--mask_until_iter", "3000"),
     *("--mask_prune_iter", "300"),
     *("--test_iterations", "1000", "2000", "3000", str(ITERATIONS)),
     *("--log_interval", "50"),
 )
-"""The schedules of 3DGS, about seven times as short; pictures this small need fewer Gaussians and no opacity reset, and
-masks that have less time to learn need a stronger pull."""
+"""The schedules of 3DGS, about seven times as short; pictures this small need fewer Gaussians and no opacity reset. The
+mask loss works as in the paper's setting alpha: once density control has ended, short, strong, with time to settle."""
 
 WITHOUT_MASKS = ("--prune_method", "3dgs")
 LOWEST_PSNR = 28.0
 """Test PSNR in dB that the demo must reach."""
 SMALLEST_SAVING = 0.30
 """Fraction of the Gaussians kept without masks that the masks must remove."""
+WIDEST_GAP = 0.1
+"""Decibels of test PSNR that the masks may cost against the same run without them, on the same machine, as a mean over
+seeds. A slow test measures that. The exit status does not look at it: another rounding moves one run by as much."""
 WIDEST_ON_CPU = 400
 """Pixels to which the user's photos are reduced in the demo on a machine without a GPU."""
 
@@ -218,11 +223,11 @@ def run_users_scene(source: Path, output: Path, flags: Sequence[str]) -> int:
     return 0
 
 
-def measure_baseline(output: Path) -> Baseline:
-    """Train the generated scene with masks off and return what that keeps."""
+def measure_baseline(output: Path, flags: Sequence[str] = ()) -> Baseline:
+    """Train the generated scene with masks off, and `flags`, and return what that keeps."""
     make_scene(output / "scene", DemoOptions())
-    outcome = train(output / "scene", output / "model-without-masks", WITHOUT_MASKS)
-    return Baseline(outcome.kept, round(outcome.psnr, 4), round(outcome.ssim, 5), TRAINING)
+    outcome = train(output / "scene", output / "model-without-masks", (*WITHOUT_MASKS, *flags))
+    return Baseline(outcome.kept, round(outcome.psnr, 4), round(outcome.ssim, 5), (*TRAINING, *flags))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -233,7 +238,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--record-baseline", action="store_true", help="train with masks off and record the outcome")
     known, flags = parser.parse_known_args(arguments)
     if known.record_baseline:
-        baseline = measure_baseline(known.output)
+        baseline = measure_baseline(known.output, flags)
         baseline.save()
         print(f"recorded {baseline.num_gaussians:,} Gaussians at {baseline.psnr:.2f} dB in {BASELINE_FILE}")
         return 0
