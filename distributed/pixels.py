@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rank draws which pixels of a batch: ranges of tile rows, and what each range needs around it.
+
+A view is cut between rows of tiles only. A region is drawn with a halo of `HALO` pixel rows on either side, because the
+loss of its own rows looks that far; losses are summed over own rows, gradients over everything drawn.
+
+Letters: B views of the batch, W ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from masksplat.types import TILE
+
+HALO = 5
+"""Pixel rows that the 11 x 11 window of SSIM reaches beyond a region."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """Tile rows [tile_start, tile_stop) of the batch's view number `view` (a position in the batch)."""
+
+    view: int
+    tile_start: int
+    tile_stop: int
+
+    def own_rows(self, height: int) -> tuple[int, int]:
+        """Pixel rows [start, stop) whose loss this region counts, of a view with `height` rows."""
+        return TILE * self.tile_start, min(TILE * self.tile_stop, height)
+
+    def drawn_rows(self, height: int, halo: int = HALO) -> tuple[int, int]:
+        """Pixel rows [start, stop) that are drawn: the own rows and the halo, within the view."""
+        start, stop = self.own_rows(height)
+        return max(start - halo, 0), min(stop + halo, height)
+
+
+def num_tile_rows(height: int) -> int:
+    """Rows of tiles of a view with `height` rows of pixels; the last may be cut."""
+    return -(-height // TILE)
+
+
+@dataclass(frozen=True)
+class PixelPartition:
+    """The regions of every rank, in the order of their views; at most one of each view. A rank may have none.
+
+    heights: of the B views, in pixels. regions: W tuples.
+    """
+
+    heights: tuple[int, ...]
+    regions: tuple[tuple[Region, ...], ...]
+
+    def __post_init__(self) -> None:
+        """Raises: ValueError when a tile row belongs to no rank or to two."""
+        next_row = [0] * len(self.heights)
+        for region in sorted((r for mine in self.regions for r in mine), key=lambda r: (r.view, r.tile_start)):
+            if region.tile_start != next_row[region.view] or region.tile_stop <= region.tile_start:
+                raise ValueError(f"{region} does not continue at tile row {next_row[region.view]} of its view")
+            next_row[region.view] = region.tile_stop
+        for view, height in enumerate(self.heights):
+            if next_row[view] != num_tile_rows(height):
+                raise ValueError(f"view {view} has {num_tile_rows(height)} tile rows, {next_row[view]} are given out")
+        for rank, mine in enumerate(self.regions):
+            views = [region.view for region in mine]
+            if views != sorted(set(views)):
+                raise ValueError(f"rank {rank} has regions of the views {views}; one of each, in order, is possible")
+
+    @property
+    def num_ranks(self) -> int:
+        """W."""
+        return len(self.regions)
+
+    @classmethod
+    def of_whole_views(cls, heights: Sequence[int], rank_of_view: Sequence[int], num_ranks: int) -> PixelPartition:
+        """View number b is drawn by rank rank_of_view[b]."""
+        regions: list[list[Region]] = [[] for _ in range(num_ranks)]
+        for view, (height, rank) in enumerate(zip(heights, rank_of_view, strict=True)):
+            regions[rank].append(Region(view, 0, num_tile_rows(height)))
+        return cls(tuple(heights), tuple(map(tuple, regions)))
+
+    @classmethod
+    def of_cuts(cls, heights: Sequence[int], cuts: Sequence[int], rank_of_part: Sequence[int]) -> PixelPartition:
+        """Contiguous parts of all tile rows of the batch, view after view.
+
+        Args: cuts: W - 1 ascending positions between 0 and the number of tile rows; rank_of_part: a permutation.
+        """
+        total = sum(map(num_tile_rows, heights))
+        bounds = [0, *cuts, total]
+        regions: list[tuple[Region, ...]] = [()] * len(rank_of_part)
+        for part, rank in enumerate(rank_of_part):
+            regions[rank] = _regions_between(heights, bounds[part], bounds[part + 1])
+        return cls(tuple(heights), tuple(regions))
+
+    def digest(self, step: int, views: Sequence[int]) -> int:
+        """63 bits that tell this partition of the `views` of `step` from any other (`require_agreement`)."""
+        numbers = [[(r.view, r.tile_start, r.tile_stop) for r in mine] for mine in self.regions]
+        text = repr((step, tuple(views), self.heights, numbers))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+    def to_plain(self) -> list[list[list[int]]]:
+        """[rank][region] -> [view, tile_start, tile_stop], for logs."""
+        return [[[r.view, r.tile_start, r.tile_stop] for r in mine] for mine in self.regions]
+
+
+def _regions_between(heights: Sequence[int], start: int, stop: int) -> tuple[Region, ...]:
+    """The regions that the rows [start, stop) of all tile rows are."""
+    found, first = [], 0
+    for view, height in enumerate(heights):
+        last = first + num_tile_rows(height)
+        if max(start, first) < min(stop, last):
+            found.append(Region(view, max(start, first) - first, min(stop, last) - first))
+        first = last
+    return tuple(found)

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Law 4 (adjoint) for any counts, and one whole forward and backward of the step on 1 to 4 ranks (law 2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distributed.communicator import Communicator
+from distributed.exchange import ExchangePlan, Traffic, select_rows
+from distributed.pixels import PixelPartition, Region, num_tile_rows
+from kernel_scenes import random_scene
+from masksplat.ops import get_body
+from masksplat.types import Gaussians, ProjectionSettings, Splats, Views
+from rank_harness import run_ranks
+
+SIZES = [1, 2, 3, 4]
+
+
+def random_splats(num_rows: int, rng: np.random.Generator, dtype: torch.dtype) -> Splats:
+    """Rows of one view that mean nothing; masks 0 or 1."""
+    rows = torch.from_numpy(rng.normal(size=(num_rows, 10))).to(dtype)
+    rows[:, 9] = torch.from_numpy(rng.integers(0, 2, num_rows))
+    return Splats(
+        rows=rows,
+        depths=torch.from_numpy(rng.random(num_rows)).to(dtype),
+        ids=torch.from_numpy(rng.integers(0, 1 << 62, num_rows)),
+        gaussians=torch.arange(num_rows, dtype=torch.int32),
+        boxes=torch.from_numpy(rng.integers(0, 30000, (num_rows, 4)).astype(np.int32)),
+        view_offsets=torch.tensor([0, num_rows]),
+        slots=torch.empty((1, 0), dtype=torch.int32),
+    )
+
+
+def random_selections(num_rows: int, num_regions: list[int], rng: np.random.Generator) -> list[list[torch.Tensor]]:
+    """Disjoint rows for the regions of each rank; each region may get none."""
+    selections = []
+    for count in num_regions:
+        region = rng.integers(-1, max(count, 1) + (rng.random() < 0.2), num_rows)
+        selections.append([torch.from_numpy(np.flatnonzero(region == k)) for k in range(count)])
+    return selections
+
+
+def adjoint_case(world: Communicator, seed: int, dtype: torch.dtype) -> tuple[float, float, float]:
+    """<E x, y>, <x, E^T y> and their scale, after checking what arrived and what returned row by row."""
+    shared = np.random.default_rng(seed)
+    num_regions = shared.integers(0, 4, world.size).tolist()
+    num_rows = shared.choice([0, 1, 7, 50], world.size)[world.rank]
+    rng = np.random.default_rng([seed, world.rank])
+    splats = random_splats(int(num_rows), rng, dtype)
+    selections = random_selections(len(splats), num_regions, rng)
+    wide = bool(seed % 2)
+    plan = ExchangePlan.for_selections(
+        world, selections, splats.rows[:, 9] != 0, largest_side=40_000 if wide else 30_000
+    )
+    received = plan.forward(splats)
+    y = torch.from_numpy(rng.normal(size=(len(received), 10))).to(dtype)
+    y[received.rows[:, 9] == 0, :9] = 0
+    d_rows = plan.backward(y)
+    assert len(received.view_offsets) == num_regions[world.rank] + 1
+    assert d_rows.shape == splats.rows.shape
+    return check_against_everybody(world, splats, selections, received, y, d_rows)
+
+
+def everybody(world: Communicator, tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors of all ranks, of different lengths, by a way of their own (no plan)."""
+    lengths = [row[0] for row in world.gather_counts([len(tensor)])]
+    padded = torch.cat([tensor, tensor.new_zeros((max(lengths) - len(tensor), *tensor.shape[1:]))])
+    return [part[:length] for part, length in zip(world.gather(padded), lengths, strict=True)]
+
+
+def check_against_everybody(
+    world: Communicator,
+    splats: Splats,
+    selections: list[list[torch.Tensor]],
+    received: Splats,
+    y: torch.Tensor,
+    d_rows: torch.Tensor,
+) -> tuple[float, float, float]:
+    """Compare with a dense oracle: every row is named by its id."""
+    ids, rows = torch.cat(everybody(world, splats.ids)), torch.cat(everybody(world, splats.rows))
+    depths, boxes = torch.cat(everybody(world, splats.depths)), torch.cat(everybody(world, splats.boxes))
+    place = {number: row for row, number in enumerate(ids.tolist())}
+    found = [place[number] for number in received.ids.tolist()]
+    assert torch.equal(received.rows, rows[found]) and torch.equal(received.depths, depths[found])
+    assert torch.equal(received.boxes, boxes[found])
+    for rank in range(world.size):  # each region got exactly the rows that were chosen for it
+        for region in range(world.gather_counts([len(received.view_offsets) - 1])[rank][0]):
+            chosen = torch.cat(everybody(world, splats.ids[selections[rank][region]])).sort().values
+            if rank == world.rank:
+                first, last = received.view_range(region)
+                assert torch.equal(received.ids[first:last].sort().values, chosen)
+    returned, owner_ids = torch.cat(everybody(world, y)), torch.cat(everybody(world, received.ids))
+    expected = torch.zeros_like(rows).index_add_(
+        0, torch.tensor([place[n] for n in owner_ids.tolist()]).long(), returned
+    )
+    mine = torch.tensor([place[number] for number in splats.ids.tolist()]).long()
+    torch.testing.assert_close(d_rows, expected[mine], rtol=1e-5, atol=1e-5)
+    left = world.sum((received.rows.double() * y.double()).sum())
+    right = world.sum((splats.rows.double() * d_rows.double()).sum())
+    scale = world.sum((received.rows.double() * y.double()).abs().sum())
+    return float(left), float(right), float(scale)
+
+
+def adjoint_cases(world: Communicator, num_cases: int) -> list[tuple[float, float, float, float]]:
+    results = []
+    for seed in range(num_cases):
+        dtype = torch.float64 if seed % 3 else torch.float32
+        results.append((*adjoint_case(world, seed, dtype), 1e-14 if dtype == torch.float64 else 1e-6))
+    return results
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_backward_is_the_adjoint_of_forward(size: int) -> None:
+    """Law 4."""
+    num_something = 0
+    for left, right, scale, tolerance in run_ranks(adjoint_cases, size, 12)[0]:
+        assert abs(left - right) <= tolerance * scale
+        num_something += scale > 0
+    assert num_something > 5
+
+
+def count_traffic(world: Communicator) -> Traffic:
+    """Rank 0 has 5 rows, 2 of them not drawn; both ranks get all of them, rank 1 owns nothing."""
+    splats = random_splats(5 if world.rank == 0 else 0, np.random.default_rng(0), torch.float32)
+    splats.rows[:, 9] = torch.tensor([1.0, 0, 1, 0, 1])[: len(splats)]
+    everything = torch.arange(len(splats))
+    plan = ExchangePlan.for_selections(world, [[everything], [everything]], splats.rows[:, 9] != 0, largest_side=100)
+    plan.backward(torch.zeros(len(plan.forward(splats)), 10))
+    return plan.traffic()
+
+
+def test_bytes_are_counted() -> None:
+    owner, other = run_ranks(count_traffic, 2)
+    assert owner == Traffic(
+        copies=10, own_copies=5, forward_bytes=5 * 56, backward_bytes=3 * 40 + 2 * 4, count_bytes=16
+    )
+    assert owner.grendel_bytes == 10 * 88
+    assert (other.copies, other.forward_bytes, other.backward_bytes) == (0, 0, 0)
+
+
+def test_one_rank_gets_the_very_tensors_back() -> None:
+    splats = random_splats(4, np.random.default_rng(0), torch.float32)
+    partition = PixelPartition.of_whole_views([40], [0], 1)
+    plan = ExchangePlan.for_partition(Communicator(), splats, partition, largest_side=40)
+    assert plan.forward(splats) is splats
+    gradient = torch.ones(4, 10)
+    assert plan.backward(gradient) is gradient
+    assert plan.traffic() == Traffic(4, 4, 0, 0, 0)
+
+
+def test_evaluation_leaves_out_what_is_not_drawn() -> None:
+    splats = random_splats(6, np.random.default_rng(0), torch.float32)
+    splats.boxes[:] = torch.tensor([0, 0, 9, 9], dtype=torch.int32)
+    splats.rows[:, 9] = torch.tensor([1.0, 0, 1, 0, 1, 1])
+    partition = PixelPartition.of_whole_views([40], [0], 1)
+    keep = splats.rows[:, 9] != 0
+    plan = ExchangePlan.for_partition(Communicator(), splats, partition, largest_side=40, keep=keep)
+    assert torch.equal(plan.forward(splats).rows, splats.rows[keep])
+    assert torch.equal(plan.backward(torch.ones(4, 10))[:, 0], keep.float())
+
+
+def test_rows_go_where_their_boxes_reach_the_halo() -> None:
+    splats = random_splats(4, np.random.default_rng(0), torch.float32)
+    splats.boxes = torch.tensor([[0, 0, 9, 27], [0, 27, 9, 28], [0, 37, 9, 38], [0, 36, 9, 37]], dtype=torch.int32)
+    partition = PixelPartition((48,), ((Region(0, 0, 2),), (Region(0, 2, 3),)))  # drawn rows: 0..37 and 27..48
+    chosen = select_rows(splats, partition)
+    assert [rows.tolist() for regions in chosen for rows in regions] == [[0, 1, 3], [1, 2, 3]]
+
+
+# One whole step: project, exchange, rasterize, loss, and back.
+
+
+def scene_of(num_views: int, dtype: torch.dtype) -> tuple[Gaussians, Views, torch.Tensor, list[torch.Tensor]]:
+    """Views of two sizes, masks 0 or 1, photos."""
+    gaussians, views, masks = random_scene(30, (40, 52), num_views=num_views, dtype=dtype, sh_degree=1)
+    sizes = tuple((40, 52) if view % 2 == 0 else (33, 41) for view in range(num_views))
+    rng = np.random.default_rng(5)
+    photos = [torch.from_numpy(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sizes]
+    return gaussians, Views(views.viewmats, views.intrinsics, sizes), (masks > 0.5).to(dtype), photos
+
+
+def gradients_of(world: Communicator, partition: PixelPartition, dtype: torch.dtype) -> tuple[Any, ...]:
+    """(ids of my Gaussians, gradients by their parameters, loss of my regions) of one step."""
+    body = get_body("reference")
+    gaussians, views, masks, photos = scene_of(len(partition.heights), dtype)
+    ids = torch.arange(len(gaussians))
+    mine = (
+        (ids * 7 % world.size == world.rank) & (ids % 5 > 0) if world.size > 3 else ids * 7 % world.size == world.rank
+    )
+    if world.size > 3 and world.rank == 0:
+        mine |= ids % 5 == 0  # shards of very different sizes
+    shard = Gaussians(*(values[mine] for values in vars(gaussians).values()))
+    settings = ProjectionSettings(sh_degree=1)
+    splats = body.project(shard, views, settings, masks=masks[mine], ids=ids[mine])
+    plan = ExchangePlan.for_partition(world, splats, partition, largest_side=52)
+    received = plan.forward(splats)
+    d_received, loss = torch.zeros_like(received.rows), 0.0
+    for number, region in enumerate(partition.regions[world.rank]):
+        width, height = views.sizes[region.view]
+        (own_start, own_stop), drawn = region.own_rows(height), region.drawn_rows(height)
+        frame = body.rasterize(received, number, (width, height), torch.full((3,), 0.3, dtype=dtype), rows=drawn)
+        own = (own_start - drawn[0], own_stop - drawn[0])
+        photo = photos[region.view][drawn[0] : drawn[1]]
+        part = body.photometric(frame.rgb, photo, 0.2, own_rows=own, image_height=height, row_start=drawn[0])
+        body.rasterize_backward(received, frame, part.d_rgb, d_received)
+        loss += 0.8 * part.l1 - 0.2 * part.ssim
+    gradients = body.project_backward(shard, views, settings, splats, plan.backward(d_received))
+    total = world.sum(torch.tensor(loss, dtype=torch.float64))
+    flat = torch.cat([values.reshape(len(shard), -1) for values in gradients], dim=1)
+    return ids[mine].numpy(), flat.detach().numpy(), float(total)
+
+
+def steps(world: Communicator, partitions: list[PixelPartition], dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    return [gradients_of(world, partition, dtype) for partition in partitions]
+
+
+def partitions_for(size: int) -> list[PixelPartition]:
+    """Whole views; strips of one view (with more ranks than rows, too); strips across two views of different sizes."""
+    heights = [52, 41]
+    total = sum(map(num_tile_rows, heights))
+    reversed_ranks = list(range(size))[::-1]
+    cuts = [total * part // size for part in range(1, size)]
+    return [
+        PixelPartition.of_whole_views(heights[:1], [size - 1], size),
+        PixelPartition.of_cuts(heights[:1], [min(part, 4) for part in range(1, size)], reversed_ranks),
+        PixelPartition.of_cuts(heights, cuts, reversed_ranks),
+        PixelPartition.of_whole_views(heights, [0, size - 1], size),
+    ]
+
+
+def assembled(answers: list[list[tuple[Any, ...]]], case: int) -> tuple[np.ndarray, float]:
+    """The gradients of all ranks in the order of ids, and the loss."""
+    ids = np.concatenate([answer[case][0] for answer in answers])
+    assert sorted(ids) == list(range(30))
+    return np.concatenate([answer[case][1] for answer in answers])[np.argsort(ids)], answers[0][case][2]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_gradients_do_not_depend_on_the_number_of_ranks(dtype: torch.dtype, tolerance: float) -> None:
+    """Law 2 for one step: loss and gradients of parameters and masks."""
+    alone = [steps(Communicator(), [*partitions_for(1)], dtype)]
+    for size in SIZES if dtype == torch.float64 else [3]:
+        answers = run_ranks(steps, size, partitions_for(size), dtype)
+        for case in range(4):
+            expected, expected_loss = assembled(alone, case)
+            found, loss = assembled(answers, case)
+            assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
+            assert abs(loss - expected_loss) <= tolerance * abs(expected_loss)
+        if size == 1:
+            assert np.array_equal(assembled(answers, 2)[0], assembled(alone, 2)[0])  # law 3, to the bit
+
+
+@pytest.mark.parametrize(
+    ("regions", "message"),
+    [
+        (((Region(0, 0, 2),), (Region(0, 1, 4),)), "does not continue at tile row 2"),
+        (((Region(0, 0, 2),), ()), "view 0 has 4 tile rows, 2 are given out"),
+        (((Region(0, 0, 2), Region(0, 2, 4)), ()), "rank 0 has regions of the views"),
+    ],
+)
+def test_a_partition_gives_every_row_to_one_rank(regions: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PixelPartition((52,), regions)
+
+
+def test_digests_tell_partitions_apart() -> None:
+    partition = PixelPartition.of_cuts([52, 41], [3], [0, 1])
+    other = PixelPartition.of_cuts([52, 41], [4], [0, 1])
+    digests = {partition.digest(3, [5, 6]), partition.digest(4, [5, 6]), partition.digest(3, [6, 5])}
+    assert len(digests | {other.digest(3, [5, 6])}) == 4
+    assert all(0 <= digest < 1 << 63 for digest in digests)
+    assert partition.digest(3, [5, 6]) == PixelPartition.of_cuts([52, 41], [3], [0, 1]).digest(3, (5, 6))
