@@ -3,6 +3,7 @@
 
     MODEL/cfg_args, config.json, cameras.json, input.ply, metrics.jsonl, train.log, report.html
     MODEL/point_cloud/iteration_N/point_cloud.ply
+    MODEL/checkpoints/N/
     MODEL/{train,test}/ours_N/{renders,gt}/00000.png
     MODEL/results.json, per_view.json
 
@@ -104,6 +105,11 @@ class ModelFolder:
     def train_log(self) -> Path:
         """What the terminal showed, with times."""
         return self.path / "train.log"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints, one folder for each iteration."""
+        return self.path / "checkpoints"
 
     @property
     def report(self) -> Path:
