@@ -15,6 +15,7 @@ from launch.metrics_log import MetricsLog
 from launch.progress import TrainingProgress
 from launch.recorder import Recorder
 from launch.run import run_main, tee_output
+from launch.start import Start, find_start, set_aside
 from launch.training import Training, build_training
 from launch.world import refuse_several_processes
 from launch.wrap_up import wrap_up
@@ -31,12 +32,16 @@ def main(arguments: Sequence[str]) -> int:
         return run_doctor(config)
     communicator = join_world()
     folder = ModelFolder.create(config.model.model_path)
-    with tee_output(folder.train_log, quiet=config.logging.quiet):
-        for notice in config.notices:
+    start = find_start(config, folder)
+    with tee_output(folder.train_log, append=start.is_in_place, quiet=config.logging.quiet):
+        for notice in (*config.notices, *start.notices):
             print(notice)
-        training = build_training(config, communicator, show_progress=not config.logging.quiet)
+        quiet = config.logging.quiet
+        training = build_training(config, communicator, show_progress=not quiet, checkpoint=start.checkpoint)
+        for notice in () if start.is_in_place else set_aside(folder.checkpoints):
+            print(notice)
         describe(folder, training, arguments)
-        train(training, folder)
+        train(training, folder, start)
         wrap_up(config, num_train=len(training.scene.train), num_test=len(training.scene.test))
     return 0
 
@@ -62,19 +67,22 @@ def describe(folder: ModelFolder, training: Training, arguments: Sequence[str]) 
     )
 
 
-def train(training: Training, folder: ModelFolder) -> None:
-    """Run every step and record what happens."""
+def train(training: Training, folder: ModelFolder, start: Start) -> None:
+    """Run every step that is not done yet and record what happens."""
     config = training.config
+    iterations, done = config.optimization.iterations, training.first_step * config.optimization.bsz
     with (
-        MetricsLog(folder.metrics) as log,
-        TrainingProgress(config.optimization.iterations, enabled=not config.logging.quiet) as progress,
+        MetricsLog(folder.metrics, append=start.is_in_place) as log,
+        TrainingProgress(iterations, initial=min(done, iterations), enabled=not config.logging.quiet) as progress,
     ):
         recorder = Recorder(training, folder, log, progress)
         recorder.start()
-        for step in range(training.num_steps):
+        if start.checkpoint is not None:
+            recorder.resume(start.checkpoint)
+        for step in range(training.first_step, training.num_steps):
             train_step(training, recorder, step)
         seconds = recorder.end()
-    print(f"trained {config.optimization.iterations} images in {seconds:.1f} s, {len(training.table):,} Gaussians")
+    print(f"trained {iterations} images in {seconds:.1f} s, {len(training.table):,} Gaussians")
 
 
 def train_step(training: Training, recorder: Recorder, step: int) -> None:
@@ -100,6 +108,7 @@ def train_step(training: Training, recorder: Recorder, step: int) -> None:
         for edit in strategy.after_step(table, window, seed):
             table.apply(edit)
             recorder.edit(edit.report)
+    recorder.after_edits(window, step)
 
 
 def require_finite(loss: float, window: Window) -> None:

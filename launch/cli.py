@@ -140,10 +140,11 @@ def _method_notices(given: Mapping[str, Any]) -> list[str]:
 
 
 def _iteration_lists(given: Mapping[str, Any], iterations: int) -> dict[str, tuple[int, ...]]:
-    """Test and save iterations, ascending, within 1..iterations; the last one is always saved."""
+    """Test, save and checkpoint iterations, ascending, within 1..iterations; the last one is always saved."""
     usual = (*DEFAULT_MILESTONES, iterations)
     test, save = given.get("test_iterations", usual), (*given.get("save_iterations", usual), iterations)
-    return {"test_iterations": _within(test, iterations), "save_iterations": _within(save, iterations)}
+    lists = {"test": test, "save": save, "checkpoint": given.get("checkpoint_iterations", ())}
+    return {f"{name}_iterations": _within(wanted, iterations) for name, wanted in lists.items()}
 
 
 def _within(wanted: Sequence[int], last: int) -> tuple[int, ...]:

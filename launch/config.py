@@ -47,7 +47,7 @@ class TrainConfig:
     prune: PruneFlags = PruneFlags()
     """Other pruning methods (refused for now)."""
     checkpoint: CheckpointFlags = CheckpointFlags()
-    """Resuming (refused for now)."""
+    """Writing checkpoints and going on from them; iterations sorted and within 1..iterations."""
     distribution: DistributionConfig = DistributionConfig()
     """Several processes (without effect for now)."""
     benchmark: BenchmarkConfig = BenchmarkConfig()

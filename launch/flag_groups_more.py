@@ -12,7 +12,7 @@ import dataclasses
 from launch.flag import flag
 
 LATER_LP = "the importance scores and masks of LP-3DGS are not built in yet; leave the flag out"
-LATER_CHECKPOINT = "checkpoints are not built in yet: a run cannot be interrupted and resumed; leave the flag out"
+ALL_ROWS = "every Gaussian of a checkpoint is loaded once; leave the flag out"
 LATER_FINETUNE = "pruning and finetuning a trained model is not built in yet; train from photos with -s instead"
 ONE_PROCESS = "it concerns several processes, and this version trains in one"
 NEVER_READ = "LP-3DGS accepts it, too, and never reads it"
@@ -62,13 +62,14 @@ class PruneFlags:
 class CheckpointFlags:
     """Checkpoints: interrupting and resuming a training."""
 
-    checkpoint_iterations: tuple[int, ...] = flag((), source="3DGS", unit="images", refused=LATER_CHECKPOINT)
-    """Iterations after which a checkpoint is written."""
-    start_checkpoint: str = flag("", source="3DGS", refused=LATER_CHECKPOINT)
-    """Checkpoint to resume from: a file in 3DGS, MaskGaussian and LP-3DGS, a folder in Grendel-GS."""
-    auto_start_checkpoint: bool = flag(False, source="Grendel", refused=LATER_CHECKPOINT)
-    """Resumes from the newest checkpoint of the model folder."""
-    drop_duplicate_gaussians_coeff: float = flag(1.0, source="Grendel", refused=LATER_CHECKPOINT)
+    checkpoint_iterations: tuple[int, ...] = flag((), source="3DGS", unit="images")
+    """Iterations after which a checkpoint is written to MODEL/checkpoints."""
+    start_checkpoint: str = flag("", source="3DGS")
+    """Checkpoint to go on from: a folder of ours or of Grendel-GS, one that holds several (the newest is taken), or a
+    .pth of 3DGS, MaskGaussian or LP-3DGS."""
+    auto_start_checkpoint: bool = flag(False, source="Grendel")
+    """Goes on from the newest complete checkpoint of the model folder, if there is one; logs are appended."""
+    drop_duplicate_gaussians_coeff: float = flag(1.0, source="Grendel", refused=ALL_ROWS)
     """Keeps a prefix of (< 1) or duplicates (> 1) the Gaussians of a loaded checkpoint, for scaling experiments."""
 
 

@@ -22,7 +22,7 @@ class RunLog:
     """The records of metrics.jsonl by kind, each in file order; numbers that were not finite are None."""
 
     run: Record
-    """Configuration and scene of the run; empty when the line is missing."""
+    """Configuration and scene of the run, as it was resumed last; empty when the line is missing."""
     steps: tuple[Record, ...]
     """iteration, loss, l1, ssim, num_gaussians, expected_gaussians, images_per_second, memory_bytes, seconds."""
     evaluations: tuple[Record, ...]
@@ -55,7 +55,7 @@ def read_log(path: Path) -> RunLog:
             "train.py wrote."
         ) from error
     records = [_parse(line) for line in lines if line.strip()]
-    known = [record for record in records if record is not None]
+    known = _without_repeats([record for record in records if record is not None])
     if not known:
         raise InputError(f"{path} holds no measurement: it is empty or damaged; train again.")
 
@@ -63,7 +63,7 @@ def read_log(path: Path) -> RunLog:
         return tuple(record for record in known if record["kind"] == kind)
 
     return RunLog(
-        run=next(iter(of_kind("run")), {}),
+        run=next(reversed(of_kind("run")), {}),
         steps=of_kind("step"),
         evaluations=of_kind("evaluation"),
         mask_histograms=of_kind("mask_histogram"),
@@ -73,6 +73,23 @@ def read_log(path: Path) -> RunLog:
         end=next(reversed(of_kind("end")), None),
         num_damaged_lines=len(records) - len(known),
     )
+
+
+def _without_repeats(records: list[Record]) -> list[Record]:
+    """Return the records of the run that led to the newest: what was done again after a resume counts once."""
+    kept: list[Record] = []
+    for record in records:
+        if record["kind"] == "resumed" and isinstance(record.get("iteration"), int):
+            done = record["iteration"]
+            kept = [each for each in kept if each["kind"] != "end" and _iteration(each) <= done]
+        kept.append(record)
+    return kept
+
+
+def _iteration(record: Record) -> float:
+    """Return the iteration of a record; those without one belong to the beginning."""
+    iteration = record.get("iteration", 0)
+    return iteration if isinstance(iteration, int | float) else 0
 
 
 def _parse(line: str) -> Record | None:

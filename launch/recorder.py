@@ -14,7 +14,9 @@ from launch.config import to_plain
 from launch.evaluation import evaluate
 from launch.metrics_log import MetricsLog
 from launch.progress import TrainingProgress
+from launch.start import run_state
 from launch.training import Training
+from scene.checkpoint import Checkpoint, save_checkpoint
 from scene.model_folder import ModelFolder
 from scene.ply import save_ply
 from scene.row_edit import EditReport
@@ -25,7 +27,11 @@ HISTOGRAM_BINS = 20
 
 @dataclass
 class Recorder:
-    """Writes the log of one training and shows its progress. Seconds exclude evaluation and saving."""
+    """Writes the log of one training and shows its progress. Seconds exclude evaluation and saving.
+
+    train_seconds: of all runs since the training began; untimed_images: images trained before the clock was started,
+    by the program that a checkpoint was imported from.
+    """
 
     training: Training
     folder: ModelFolder
@@ -33,6 +39,7 @@ class Recorder:
     progress: TrainingProgress
     train_seconds: float = 0.0
     peak_memory: int = 0
+    untimed_images: int = 0
     _process: psutil.Process = field(default_factory=psutil.Process)
     _resumed: float = field(default_factory=time.perf_counter)
 
@@ -52,6 +59,20 @@ class Recorder:
         )
         self._resumed = time.perf_counter()
 
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Let the clocks of the run that wrote a checkpoint go on, and say in the log where it went on."""
+        clocks = checkpoint.state.clocks
+        self.train_seconds = float(clocks.get("seconds", 0.0))
+        self.peak_memory = int(clocks.get("peak_memory_bytes", 0))
+        self.untimed_images = int(clocks.get("untimed_images", 0 if clocks else checkpoint.state.iteration))
+        self.training.phases.seconds.update(clocks.get("phases", {}))
+        self.log.write(
+            "resumed",
+            iteration=checkpoint.state.iteration,
+            path=str(checkpoint.path),
+            num_gaussians=len(self.training.table),
+        )
+
     def after_update(self, window: Window, result: StepResult, numbers: dict[str, float], loss: float) -> None:
         """Progress bar in every step; a line and a histogram at every log interval; measures and models when due."""
         training = self.training
@@ -67,6 +88,11 @@ class Recorder:
         for iteration in _due(training.config.logging.save_iterations, window):
             self._pause(window, self._save, iteration)
 
+    def after_edits(self, window: Window, step: int) -> None:
+        """A checkpoint when one is due: update and edits of the step are done, the next one has not begun."""
+        for iteration in _due(self.training.config.checkpoint.checkpoint_iterations, window):
+            self._pause(window, lambda it: self._save_checkpoint(it, window, step), iteration)
+
     def edit(self, report: EditReport | None) -> None:
         """A line for an edit of the table."""
         if report is not None:
@@ -79,10 +105,13 @@ class Recorder:
         self.log.write(
             "end",
             seconds=self.train_seconds,
-            images_per_second=iterations / max(self.train_seconds, 1e-9),
+            images_per_second=self._rate(iterations),
             peak_memory_bytes=self.peak_memory,
         )
         return self.train_seconds
+
+    def _rate(self, iteration: int) -> float:
+        return (iteration - self.untimed_images) / max(self.train_seconds, 1e-9)
 
     def _clock(self) -> float:
         now = time.perf_counter()
@@ -117,7 +146,7 @@ class Recorder:
             expected_gaussians=expected,
             num_splats=result.num_splats,
             num_pairs=result.num_pairs,
-            images_per_second=iteration / max(seconds, 1e-9),
+            images_per_second=self._rate(iteration),
             memory_bytes=memory,
             seconds=seconds,
             **numbers,
@@ -143,6 +172,20 @@ class Recorder:
         count = save_ply(path, training.table.params, keep=training.strategy.keep(training.table))
         self.log.write("saved", iteration=iteration, path=str(path.relative_to(self.folder.path)), num_gaussians=count)
         self.progress.message(f"[iteration {iteration}] saved {count:,} Gaussians to {path}")
+
+    def _save_checkpoint(self, iteration: int, window: Window, step: int) -> None:
+        clocks = {
+            "seconds": self.train_seconds,
+            "peak_memory_bytes": self.peak_memory,
+            "untimed_images": self.untimed_images,
+            "phases": dict(self.training.phases.seconds),
+        }
+        training = self.training
+        state = run_state(training.config, training.data, window, step + 1, training.scene.extent, clocks)
+        path = save_checkpoint(self.folder.checkpoints, iteration, training.table, state, training.communicator)
+        name = str(path.relative_to(self.folder.path))
+        self.log.write("checkpoint", iteration=iteration, path=name, num_gaussians=len(training.table))
+        self.progress.message(f"[iteration {iteration}] checkpoint of {len(training.table):,} Gaussians in {path}")
 
 
 def _due(iterations: tuple[int, ...], window: Window) -> list[int]:

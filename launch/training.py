@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,10 +15,12 @@ from gaussian_renderer.step import Batch, StepSettings
 from gaussian_renderer.views import KERNEL_ATTRIBUTES
 from launch.config import TrainConfig, pick
 from launch.machine import available_cores
+from launch.start import check_checkpoint, scene_fingerprints
 from masksplat.ops import Body, get_body
 from masksplat.random import BACKGROUND, uniform
 from masksplat.types import AdamStep, ProjectionSettings
 from scene.cameras import Camera
+from scene.checkpoint import Checkpoint
 from scene.dataset import Scene, SceneOptions, load_scene
 from scene.gaussians import GaussianTable
 from scene.images import ImageStore
@@ -39,7 +41,10 @@ DROP_STREAM_STEP = 0
 
 @dataclass
 class Training:
-    """The parts of one training. Only `table` changes while it runs."""
+    """The parts of one training. Only `table` changes while it runs.
+
+    data: fingerprints of what is trained on. first_step: the step to begin with, above 0 when a checkpoint is resumed.
+    """
 
     config: TrainConfig
     communicator: Communicator
@@ -53,6 +58,8 @@ class Training:
     position_rate: PositionRate
     body: Body
     phases: PhaseTimer
+    data: Mapping[str, str]
+    first_step: int = 0
 
     def window(self, step: int) -> Window:
         """The images of step number `step`, counted from 0."""
@@ -112,15 +119,20 @@ class Training:
         return steps
 
 
-def build_training(config: TrainConfig, communicator: Communicator, *, show_progress: bool) -> Training:
-    """Load the data and make everything a training needs.
+def build_training(
+    config: TrainConfig, communicator: Communicator, *, show_progress: bool, checkpoint: Checkpoint | None = None
+) -> Training:
+    """Load the data and make everything a training needs; with a checkpoint, its rows and its step are the start.
 
-    Raises: InputError for anything wrong with the data.
+    Raises: InputError for anything wrong with the data, or when the checkpoint is not of this data.
     """
     threads = config.pipeline.threads or available_cores()
     torch.set_num_threads(1)  # the kernels bring their own threads, and OpenMP's would spin beside them
     scene = load_scene(config.model.source_path, pick(SceneOptions, config.model), progress=show_progress)
-    table = initial_table(config, scene, show_progress=show_progress)
+    data = scene_fingerprints(scene)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, config, data)
+    table = checkpoint.table if checkpoint is not None else initial_table(config, scene, show_progress=show_progress)
     optimization = config.optimization
     density = None if config.density.disable_auto_densification else pick(DensityConfig, config.density, config.model)
     return Training(
@@ -149,6 +161,8 @@ def build_training(config: TrainConfig, communicator: Communicator, *, show_prog
         ),
         body=choose_body(config.pipeline.backend, threads),
         phases=PhaseTimer(),
+        data=data,
+        first_step=checkpoint.state.iteration // optimization.bsz if checkpoint is not None else 0,
     )
 
 

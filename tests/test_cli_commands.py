@@ -67,6 +67,15 @@ TRAIN_COMMANDS = [
     ("train.py -s data -m out --backend diff", {"backend": "diff"}),
     ("train.py -s data -r 1 --ip 0.0.0.0 --port 6035 --debug_from 5 --detect_anomaly --quiet", {"resolution": 1}),
     ("train.py -s data --lr_scale_mode linear --preload_dataset_to_gpu", {"lr_scale_mode": "linear"}),
+    (
+        "train.py -s data --checkpoint_iterations 7000 3000 50000 --auto_start_checkpoint",
+        {"checkpoint_iterations": [3000, 7000], "auto_start_checkpoint": True},
+    ),
+    (
+        "train.py -s data/gs_datasets/room -m output/room_0.1 --eval --port 6041 --start_checkpoint X/chkpnt30000.pth "
+        "--iteration 35000 --lambda_mask 0.1 --position_lr_max_steps 35000",
+        {"start_checkpoint": "X/chkpnt30000.pth", "iterations": 35_000},
+    ),
     ("train.py -s data --drop_initial_3dgs_p 0.5 --stop_update_param", {"drop_initial_3dgs_p": 0.5}),
 ]
 REFUSED_TRAIN_COMMANDS = [
@@ -81,13 +90,6 @@ REFUSED_TRAIN_COMMANDS = [
     ("train.py -s data --prune_iterations 15000", "--prune_iterations 15000 is refused"),
     ("train.py -s data --backend gsplat", "--backend gsplat is refused: this version draws on the CPU"),
     ("train.py -s data --backend cuda", "--backend cuda is refused: this version draws on the CPU"),
-    ("train.py -s data --checkpoint_iterations 7000", "--checkpoint_iterations 7000 is refused: checkpoints"),
-    ("train.py -s data --auto_start_checkpoint", "--auto_start_checkpoint on is refused: checkpoints"),
-    (
-        "train.py -s data/gs_datasets/room -m output/room_0.1 --eval --port 6041 --start_checkpoint X/chkpnt30000.pth "
-        "--iteration 35000 --lambda_mask 0.1 --position_lr_max_steps 35000",
-        "--start_checkpoint X/chkpnt30000.pth is refused: checkpoints",
-    ),
     ("train.py -s data --start_pointcloud a.ply", "--start_pointcloud a.ply is refused: pruning and finetuning"),
     ("train.py -s data --prune_finetune", "--prune_finetune on is refused"),
     ("train.py -s data --drop_duplicate_gaussians_coeff 2", "--drop_duplicate_gaussians_coeff 2.0 is refused"),
@@ -119,7 +121,7 @@ def test_refused_train_commands(command: str, sentence: str) -> None:
 
 
 def test_refused_flags_accept_their_default() -> None:
-    values = train("-s data --start_checkpoint '' --prune_percent 0.6 --prune_iterations 19500 --checkpoint_iterations")
+    values = train("-s data --start_pointcloud '' --prune_percent 0.6 --prune_iterations 19500 --checkpoint_iterations")
     assert values["prune_iterations"] == [19_500]
     assert values["checkpoint_iterations"] == []
 

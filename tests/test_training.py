@@ -16,6 +16,7 @@ from gaussian_renderer.image_quality import psnr, to_8bit
 from gaussian_renderer.rendering import render_rgb
 from launch.cli import parse_train
 from launch.evaluation import evaluate
+from launch.start import Start
 from launch.training import Training, build_training
 from masksplat.ops import get_body
 from scene.errors import InputError
@@ -151,7 +152,7 @@ def test_a_loss_that_is_no_number_stops_the_run(any_scene: Path, tmp_path: Path)
     training = built(any_scene, tmp_path / "m")
     training.table.params["sh0"][:] = float("nan")
     with pytest.raises(FloatingPointError, match="iteration 1"):
-        train.train(training, ModelFolder.create(tmp_path / "m"))
+        train.train(training, ModelFolder.create(tmp_path / "m"), Start())
 
 
 def test_the_report_follows_a_training(any_scene: Path, tmp_path: Path) -> None:

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a training starts: at its points, or at a checkpoint, of ours or a predecessor's, that fits it.
+
+Reading and writing of checkpoints is in `scene/checkpoint.py`; here is which one is meant, and whether it is of the
+same training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from launch.config import TrainConfig, to_plain
+from launch.parser import show_value
+from scene.checkpoint import Checkpoint, fingerprint, load_checkpoint, load_newest
+from scene.checkpoint_import import Imported, import_file, import_grendel_folder, is_grendel_folder
+from scene.checkpoint_manifest import MANIFEST, RunState
+from scene.dataset import Scene
+from scene.errors import InputError
+from scene.model_folder import ModelFolder
+from strategies.schedule import Window
+
+FREE_GROUPS = frozenset({"logging", "checkpoint", "distribution", "benchmark", "viewer"})
+FREE_FLAGS = frozenset({"iterations", "bsz", "source_path", "model_path", "threads", "image_cache_gb", "data_device"})
+DATA_FLAGS = frozenset({"images", "resolution", "eval", "llffhold", "num_train_cameras", "num_test_cameras"})
+"""Flags that show in the fingerprints of the data."""
+LARGEST_EXTENT_RATIO = 1.01
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """How a training begins.
+
+    checkpoint: None at the beginning. is_in_place: the checkpoint is one of the model folder's own, so that its logs go
+    on. notices: sentences to print.
+    """
+
+    checkpoint: Checkpoint | None = None
+    is_in_place: bool = False
+    notices: tuple[str, ...] = ()
+
+
+def find_start(config: TrainConfig, folder: ModelFolder) -> Start:
+    """The checkpoint that --auto_start_checkpoint or --start_checkpoint mean, read and compared with the flags.
+
+    Raises: InputError when there is no usable one where one was asked for, or it does not fit the flags.
+    """
+    checkpoint: Checkpoint | None = None
+    notices: list[str] = []
+    if config.checkpoint.auto_start_checkpoint:
+        checkpoint, notices = _newest(folder.checkpoints)
+        if checkpoint is None and not config.checkpoint.start_checkpoint:
+            notices.append(f"There is no checkpoint in {folder.checkpoints}: the training starts at the beginning.")
+    if checkpoint is None and config.checkpoint.start_checkpoint:
+        checkpoint, more = _named(Path(config.checkpoint.start_checkpoint).expanduser(), config)
+        notices += more
+    is_in_place = checkpoint is not None and _is_inside(checkpoint.path, folder.checkpoints)
+    if checkpoint is not None:
+        check_flags(checkpoint, config, is_in_place=is_in_place)
+        notices += [
+            f"Going on behind image {checkpoint.state.iteration} from {checkpoint.path}.",
+            *_changes(checkpoint, config),
+        ]
+    return Start(checkpoint, is_in_place, tuple(notices))
+
+
+def _newest(place: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest complete checkpoint of a folder, and what was passed over.
+
+    Raises: InputError when there are finished ones and all of them are damaged.
+    """
+    search = load_newest(place)
+    finished = [folder for folder in place.glob("[0-9]*") if (folder / MANIFEST).exists()] if place.is_dir() else []
+    if search.checkpoint is None and finished:
+        raise InputError(f"none of the checkpoints in {place} can be used. {' '.join(search.skipped)}")
+    return search.checkpoint, list(search.skipped)
+
+
+def _named(path: Path, config: TrainConfig) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint at a path that the user gave. Raises: InputError."""
+    if path.is_file():
+        if path.name == MANIFEST:
+            return load_checkpoint(path.parent), []
+        return _adopted(import_file(path), path, config)
+    if not path.is_dir():
+        raise InputError(f"--start_checkpoint {path} does not exist; give a checkpoint's folder, or a .pth file")
+    if (path / MANIFEST).exists():
+        return load_checkpoint(path), []
+    if is_grendel_folder(path):
+        return _adopted(import_grendel_folder(path), path, config)
+    for place in (path, path / "checkpoints"):
+        checkpoint, notices = _newest(place)
+        if checkpoint is not None:
+            return checkpoint, notices
+        grendel = [folder for folder in place.glob("[0-9]*") if folder.name.isdecimal() and is_grendel_folder(folder)]
+        if grendel:
+            newest = max(grendel, key=lambda folder: int(folder.name))
+            return _adopted(import_grendel_folder(newest), newest, config)
+    hint = next((f"; it holds {file.name}: give that file" for file in sorted(path.glob("chkpnt*.pth"))), "")
+    raise InputError(f"--start_checkpoint {path} holds no complete checkpoint ({MANIFEST} and shards){hint}")
+
+
+def _adopted(imported: Imported, path: Path, config: TrainConfig) -> tuple[Checkpoint, list[str]]:
+    """A predecessor's checkpoint as one of ours, with what is known of its run."""
+    size = config.optimization.bsz
+    state = RunState(
+        iteration=imported.iteration,
+        next_step=imported.iteration // size,
+        batch_size=size,
+        seed=config.optimization.seed,
+        extent=imported.extent,
+    )
+    notice = f"{path} is another program's: rows, Adam moments and statistics are taken over, its random state is not."
+    return Checkpoint(imported.table, state, path), [*imported.notices, notice]
+
+
+def _is_inside(path: Path, place: Path) -> bool:
+    return path.resolve().parent == place.resolve() and (path / MANIFEST).exists()
+
+
+def set_aside(place: Path) -> list[str]:
+    """Rename a folder with an earlier training's checkpoints, so that none of them is ever taken for the new one's.
+
+    Returns: a sentence if there were any. Raises: InputError when the folder cannot be renamed.
+    """
+    if not place.is_dir() or not any((entry / MANIFEST).exists() for entry in place.iterdir()):
+        return []
+    number = 1
+    while (target := place.with_name(f"{place.name}-before-{number}")).exists():
+        number += 1
+    try:
+        place.rename(target)
+    except OSError as error:
+        raise InputError(f"{place} holds an earlier training's checkpoints and cannot be renamed: {error}") from error
+    return [f"{place} held checkpoints of an earlier training; they are in {target} now."]
+
+
+def check_flags(checkpoint: Checkpoint, config: TrainConfig, *, is_in_place: bool) -> None:
+    """Raises: InputError when a training with these flags cannot go on from a checkpoint."""
+    state, path, size = checkpoint.state, checkpoint.path, config.optimization.bsz
+    iterations = config.optimization.iterations
+    if checkpoint.table.sh_degree != config.model.sh_degree:
+        raise InputError(
+            f"the checkpoint {path} has spherical harmonics of degree {checkpoint.table.sh_degree} and --sh_degree is "
+            f"{config.model.sh_degree}; give --sh_degree {checkpoint.table.sh_degree}"
+        )
+    if state.iteration % size:
+        raise InputError(
+            f"the checkpoint {path} stands behind image {state.iteration}, which is not a whole number of steps of "
+            f"--bsz {size}; give --bsz {state.batch_size}, as it was written with"
+        )
+    num_steps = -(-iterations // size)
+    if state.iteration // size > num_steps - (not is_in_place):
+        raise InputError(
+            f"the checkpoint {path} stands behind image {state.iteration} and --iterations is {iterations}: nothing is "
+            "left to train; raise --iterations"
+        )
+
+
+def check_checkpoint(checkpoint: Checkpoint, config: TrainConfig, data: Mapping[str, str]) -> None:
+    """Raises: InputError when a checkpoint was written with other data than `data`, the fingerprints of the scene."""
+    stored = checkpoint.state.data
+    different = [what for what in data if stored and stored.get(what) != data[what]]
+    if different:
+        before = _flat(checkpoint.state.config)
+        now = _flat(to_plain(config))
+        changed = [f"--{name} (was {before[name]})" for name in sorted(DATA_FLAGS) if before.get(name) != now.get(name)]
+        hint = f"other flags: {', '.join(changed)}" if changed else "the folder's content has changed"
+        raise InputError(
+            f"the checkpoint {checkpoint.path} was trained on other data than {config.model.source_path}: "
+            f"{' and '.join(different)} differ ({hint}). Give the data it was trained on, or start anew."
+        )
+
+
+def _changes(checkpoint: Checkpoint, config: TrainConfig) -> list[str]:
+    """A sentence for each flag that influences the result and has another value than in the checkpoint."""
+    if not checkpoint.state.config:
+        return []
+    before, now = _flat(checkpoint.state.config), _flat(to_plain(config))
+    notices = [
+        f"--{name} was {_shown(before[name])} in the checkpoint and is {_shown(now[name])} now, which is used."
+        for name in now
+        if name in before and before[name] != now[name] and name not in DATA_FLAGS
+    ]
+    if checkpoint.state.batch_size != config.optimization.bsz:
+        notices.append(
+            f"--bsz was {checkpoint.state.batch_size} in the checkpoint and is {config.optimization.bsz} now."
+        )
+    return notices
+
+
+def _shown(value: Any) -> str:
+    return show_value(tuple(value) if isinstance(value, list) else value)
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that influence the result, by name."""
+    groups = {name: group for name, group in config.items() if name not in FREE_GROUPS and isinstance(group, Mapping)}
+    flags = {name: value for group in groups.values() for name, value in group.items()}
+    return {name: value for name, value in flags.items() if name not in FREE_FLAGS}
+
+
+def run_state(
+    config: TrainConfig,
+    data: Mapping[str, str],
+    window: Window,
+    next_step: int,
+    extent: float,
+    clocks: Mapping[str, Any],
+) -> RunState:
+    """What a checkpoint that is written behind `window` says about its run."""
+    plain = to_plain(config)
+    return RunState(
+        iteration=window.last,
+        next_step=next_step,
+        batch_size=config.optimization.bsz,
+        seed=config.optimization.seed,
+        extent=extent,
+        config={name: value for name, value in plain.items() if name != "given"},
+        data=dict(data),
+        clocks=dict(clocks),
+    )
+
+
+def scene_fingerprints(scene: Scene) -> dict[str, str]:
+    """SHA-256 of what a training reads: cameras with their split, points, names and sizes of the photos.
+
+    Paths are not part of it: a data set may be moved. Photos count by name and number of bytes.
+    """
+    cameras = [
+        part
+        for split, members in (("train", scene.train), ("test", scene.test))
+        for camera in members
+        for part in (
+            f"{split} {camera.name} {camera.width} {camera.height}".encode(),
+            np.array([camera.fx, camera.fy, camera.cx, camera.cy], dtype="<f8").tobytes(),
+            np.ascontiguousarray(camera.viewmat, dtype="<f8").tobytes(),
+        )
+    ]
+    photos = [f"{camera.name} {camera.image_path.stat().st_size}".encode() for camera in (*scene.train, *scene.test)]
+    points = (np.ascontiguousarray(scene.points.xyz), np.ascontiguousarray(scene.points.rgb))
+    return {
+        "cameras": fingerprint(*cameras),
+        "points": fingerprint(*(values.tobytes() for values in points)),
+        "photos": fingerprint(*sorted(photos)),
+    }
