@@ -15,7 +15,7 @@ from launch.metrics_log import MetricsLog
 from launch.progress import TrainingProgress
 from launch.recorder import Recorder
 from launch.run import run_main, tee_output
-from launch.start import Start, find_start, set_aside
+from launch.start import Start, begin, find_start
 from launch.training import Training, build_training
 from launch.world import refuse_several_processes
 from launch.wrap_up import wrap_up
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
             print(notice)
         quiet = config.logging.quiet
         training = build_training(config, communicator, show_progress=not quiet, checkpoint=start.checkpoint)
-        for notice in () if start.is_in_place else set_aside(folder.checkpoints):
+        for notice in begin(start, folder, training.scene.extent):
             print(notice)
         describe(folder, training, arguments)
         train(training, folder, start)

@@ -122,11 +122,24 @@ def _is_inside(path: Path, place: Path) -> bool:
     return path.resolve().parent == place.resolve() and (path / MANIFEST).exists()
 
 
-def set_aside(place: Path) -> list[str]:
-    """Rename a folder with an earlier training's checkpoints, so that none of them is ever taken for the new one's.
+def begin(start: Start, folder: ModelFolder, extent: float) -> list[str]:
+    """Make the model folder ready for a start whose data (of this extent, world units) have been found to be right.
 
-    Returns: a sentence if there were any. Raises: InputError when the folder cannot be renamed.
+    An earlier training's checkpoints are renamed, so that none of them is ever taken for the new one's.
+    Returns: sentences to print. Raises: InputError when they cannot be renamed.
     """
+    notices = [] if start.is_in_place else _set_aside(folder.checkpoints)
+    before = start.checkpoint.state.extent if start.checkpoint is not None else extent
+    if max(before, extent) > LARGEST_EXTENT_RATIO * min(before, extent):
+        notices.append(
+            f"In the checkpoint the extent of the scene is {before:.4g}, these cameras give {extent:.4g}, which is "
+            "used: is it a checkpoint of these data?"
+        )
+    return notices
+
+
+def _set_aside(place: Path) -> list[str]:
+    """Rename a folder with checkpoints; a sentence if there were any. Raises: InputError when it cannot be renamed."""
     if not place.is_dir() or not any((entry / MANIFEST).exists() for entry in place.iterdir()):
         return []
     number = 1
