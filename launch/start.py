@@ -7,6 +7,7 @@ same training.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,10 +126,12 @@ def _is_inside(path: Path, place: Path) -> bool:
 def begin(start: Start, folder: ModelFolder, extent: float) -> list[str]:
     """Make the model folder ready for a start whose data (of this extent, world units) have been found to be right.
 
-    An earlier training's checkpoints are renamed, so that none of them is ever taken for the new one's.
-    Returns: sentences to print. Raises: InputError when they cannot be renamed.
+    Checkpoints in it that do not lead to the start, of an earlier training or behind the one that is resumed, are moved
+    elsewhere: none of them is ever taken for the new training's.
+    Returns: sentences to print. Raises: InputError when they cannot be moved.
     """
-    notices = [] if start.is_in_place else _set_aside(folder.checkpoints)
+    past = int(re.sub(r"\D", "", start.checkpoint.path.name)) if start.checkpoint and start.is_in_place else -1
+    notices = _set_aside(folder.checkpoints, past)
     before = start.checkpoint.state.extent if start.checkpoint is not None else extent
     if max(before, extent) > LARGEST_EXTENT_RATIO * min(before, extent):
         notices.append(
@@ -138,18 +141,22 @@ def begin(start: Start, folder: ModelFolder, extent: float) -> list[str]:
     return notices
 
 
-def _set_aside(place: Path) -> list[str]:
-    """Rename a folder with checkpoints; a sentence if there were any. Raises: InputError when it cannot be renamed."""
-    if not place.is_dir() or not any((entry / MANIFEST).exists() for entry in place.iterdir()):
+def _set_aside(place: Path, behind: int) -> list[str]:
+    """Move checkpoints with a number above `behind` elsewhere; a sentence if there were any. Raises: InputError."""
+    entries = [entry for entry in place.iterdir() if entry.name.isdecimal()] if place.is_dir() else []
+    later = [entry for entry in entries if int(entry.name) > behind and (entry / MANIFEST).exists()]
+    if not later:
         return []
     number = 1
     while (target := place.with_name(f"{place.name}-before-{number}")).exists():
         number += 1
     try:
-        place.rename(target)
+        target.mkdir()
+        for entry in later:
+            entry.rename(target / entry.name)
     except OSError as error:
-        raise InputError(f"{place} holds an earlier training's checkpoints and cannot be renamed: {error}") from error
-    return [f"{place} held checkpoints of an earlier training; they are in {target} now."]
+        raise InputError(f"{place} holds checkpoints of another training that cannot be moved: {error}") from error
+    return [f"{len(later)} checkpoints in {place} are not of the past of this training; they are in {target} now."]
 
 
 def check_flags(checkpoint: Checkpoint, config: TrainConfig, *, is_in_place: bool) -> None:

@@ -84,7 +84,7 @@ def save_checkpoint(place: Path, number: int, table: GaussianTable, state: RunSt
     partial, final = place / f".{number}.partial", place / str(number)
     tensors = _tensors_of(table)
     try:
-        _together(ranks, lambda: _make_room(partial, tensors) if ranks.rank == 0 else None, partial)
+        _together(ranks, lambda: _make_room(partial, tensors, ranks.size) if ranks.rank == 0 else None, partial)
         record = _together(ranks, lambda: _write_shard(partial, tensors, state, ranks), partial)
         records = _gathered(record, ranks)
         manifest = Manifest.describe(table, state, records)
@@ -225,11 +225,11 @@ def _together(ranks: Ranks, action: Callable[[], ShardRecord | None], partial: P
     return result
 
 
-def _make_room(partial: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Make an empty folder and check that this rank's part fits on the disk. Raises: OSError, InputError."""
+def _make_room(partial: Path, tensors: Mapping[str, Tensor], size: int) -> None:
+    """Make an empty folder; check that `size` parts like this rank's fit on the disk. Raises: OSError, InputError."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    needed = sum(values.nbytes for values in tensors.values()) + SPARE_BYTES
+    needed = size * sum(values.nbytes for values in tensors.values()) + SPARE_BYTES
     free = shutil.disk_usage(partial).free
     if free < needed:
         raise InputError(

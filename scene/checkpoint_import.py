@@ -216,11 +216,14 @@ def _part_of(path: Path, capture: Sequence[Any], iteration: int) -> _Part:
     notices: tuple[str, ...] = ()
     if len(set(steps.values())) > 1:
         notices = (f"{path}: Adam's step counters differ ({steps}); that of xyz is used for all.",)
+    num_updates = steps["xyz"]
+    if num_updates == 0 and bool(states["xyz"][0].any()):  # 3DGS's sparse Adam does not count
+        num_updates = iteration
     statistics = {"grad_norm_sum": _column(sums, num_rows), "view_count": _column(counts, num_rows)}
     extent = float(extent)
     if iteration < 0 or not math.isfinite(extent):
         raise ValueError(f"iteration {iteration}, extent {extent}")
-    return _Part(params, exp_avg, exp_avg_sq, statistics, steps["xyz"], iteration, num_items, extent, notices)
+    return _Part(params, exp_avg, exp_avg_sq, statistics, num_updates, iteration, num_items, extent, notices)
 
 
 def _tensor(value: Any) -> Tensor:

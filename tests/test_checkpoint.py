@@ -204,6 +204,69 @@ def test_a_crash_between_two_renames_loses_nothing(tmp_path: Path) -> None:
     assert search.checkpoint.path.name == ".42.replaced"
 
 
+class Crash(BaseException):
+    """The end of the process, which nothing in the program catches."""
+
+
+@pytest.mark.parametrize("number", [10, 20], ids=["the same name", "a new name"])
+def test_a_crash_at_any_moment_leaves_a_complete_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """R12: the process ends at each call that touches the disk, in turn; before or after it is found, never between."""
+    found = []
+    for moment in range(40):
+        place = tmp_path / str(moment)
+        saved(place, 10, num_rows=9)
+        with monkeypatch.context() as patch:
+            calls = crash_at(patch, moment)
+            try:
+                saved(place, number, num_rows=4)
+                is_finished = True
+            except Crash:
+                is_finished = False
+        search = load_newest(place)
+        assert search.checkpoint is not None
+        found.append(len(search.checkpoint.table))
+        if any(path.name.endswith(".partial") for path in place.iterdir()):
+            assert number == 10 or any("being written" in sentence for sentence in search.skipped)
+        if is_finished:
+            break
+    assert is_finished
+    assert calls[0] == moment
+    assert moment >= 9
+    assert found == sorted(found, reverse=True)
+    assert set(found) == {9, 4}
+    saved(place, number, num_rows=5)  # leftovers are no obstacle
+    assert len(loaded(place / str(number)).table) == 5
+
+
+def crash_at(patch: pytest.MonkeyPatch, moment: int) -> list[int]:
+    """From call number `moment` on, no call that touches the disk does anything but crash; the calls so far."""
+    calls = [0]
+
+    def watched(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **more: object) -> object:
+            if calls[0] >= moment:
+                raise Crash
+            calls[0] += 1
+            return function(*arguments, **more)
+
+        return call
+
+    remove = shutil.rmtree
+
+    def remove_unless_crashed(*arguments: object, **more: object) -> None:
+        if calls[0] < moment:
+            remove(*arguments, **more)  # type: ignore[arg-type]
+
+    patch.setattr(shutil, "rmtree", remove_unless_crashed)
+    patch.setattr(os, "fsync", watched(os.fsync))
+    patch.setattr(scene.checkpoint, "save_file", watched(scene.checkpoint.save_file))
+    for name in ("mkdir", "chmod", "open", "rename"):
+        patch.setattr(Path, name, watched(getattr(Path, name)))
+    return calls
+
+
 def test_every_single_bit_counts(tmp_path: Path) -> None:
     """R13: 1,000 flips in shard and manifest, all noticed, the file named each time."""
     folder = saved(tmp_path)

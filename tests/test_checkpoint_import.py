@@ -97,6 +97,14 @@ def test_a_checkpoint_before_the_first_step_has_no_moments(tmp_path: Path) -> No
     assert all(float(values.abs().max()) == 0 for values in table.exp_avg.values())
 
 
+def test_moments_of_an_optimizer_that_does_not_count_are_as_old_as_the_run(tmp_path: Path) -> None:
+    captured = write_checkpoint(tmp_path / "a.pth", iteration=30)
+    for each in captured[-2]["state"].values():
+        each["step"] = torch.tensor(0.0)
+    torch.save((captured, 30), tmp_path / "b.pth")
+    assert import_file(tmp_path / "b.pth").table.num_updates == 30
+
+
 @pytest.mark.parametrize("has_masks", [False, True])
 def test_all_ranks_of_grendel_are_joined(tmp_path: Path, has_masks: bool) -> None:
     parts = [

@@ -180,6 +180,15 @@ def test_a_new_training_sets_old_checkpoints_aside(any_scene: Path, straight: Pa
     assert "checkpoints-before-1" in (target / "train.log").read_text()
 
 
+def test_an_older_checkpoint_begins_another_branch(any_scene: Path, straight: Path, tmp_path: Path) -> None:
+    """What lay behind it is moved: it would be taken for the newest of the branch that goes on."""
+    target = copied(straight, tmp_path / "m", "20", "40", "55")
+    start = ("--start_checkpoint", str(target / "checkpoints" / "20"), "--lambda_dssim", "0.5")
+    run(any_scene, target, *start, "--checkpoint_iterations", "23", iterations=23)
+    assert sorted(path.name for path in (target / "checkpoints").iterdir()) == ["20", "23"]
+    assert sorted(path.name for path in (target / "checkpoints-before-1").iterdir()) == ["40", "55"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
