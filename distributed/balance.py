@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rank draws what: work is shared out by what each tile row of each view cost when it was last drawn.
+
+Costs are whole numbers (pairs of pixel and splat that were evaluated), never times, so that every rank computes the
+same partition. Costs seen at step t count from step t + k on for a fixed k, which leaves time to share them.
+
+Letters: B views of the batch, W ranks, n tile rows of the batch, view after view.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from distributed.communicator import Communicator
+from distributed.pixels import PixelPartition, num_tile_rows
+from masksplat.types import TILE
+
+RULES = ("balanced", "equal_rows", "grendel")
+
+WHOLE_VIEW_TOLERANCE = 1.05
+"""Views stay whole while the largest load is at most this times the mean."""
+
+SNAP_TOLERANCE = 1.01
+"""A cut moves to the border of a view when the largest load grows by no more than this."""
+
+GRENDEL_BORDER = 1
+"""Tile rows around a border within which Grendel's cuts move to it (its border_divpos_coeff)."""
+
+COST_DELAY = 2
+"""Steps between counting a cost and using it."""
+
+PIXEL_COST = 1
+"""Cost of a pixel without any splat (background and loss), in pairs."""
+
+
+def assign_whole_views(costs: Sequence[int], num_ranks: int) -> list[int]:
+    """(B,) part of each view, so that the largest sum of costs is small: longest first, then moves and swaps.
+
+    Longest-processing-time-first is within 4/3 of the optimum (Graham, 1969).
+    """
+    parts = [0] * len(costs)
+    loads = [(0, part) for part in range(num_ranks)]
+    for view in sorted(range(len(costs)), key=lambda view: (-costs[view], view)):
+        load, part = heapq.heappop(loads)
+        parts[view] = part
+        heapq.heappush(loads, (load + costs[view], part))
+    totals = [load for load, _ in sorted(loads, key=lambda entry: entry[1])]
+    while _improve_heaviest(parts, totals, costs):
+        pass
+    return parts
+
+
+def _improve_heaviest(parts: list[int], totals: list[int], costs: Sequence[int]) -> bool:
+    """One move or swap that lowers the larger of the two loads it touches, from the heaviest part; False at the end."""
+    heavy = max(range(len(totals)), key=lambda part: (totals[part], -part))
+    best: tuple[int, int, int, int] | None = None
+    for mine in (view for view, part in enumerate(parts) if part == heavy):
+        for other in range(-len(totals), len(parts)):  # negative: an empty place of part -other - 1
+            part = parts[other] if other >= 0 else -other - 1
+            moved = costs[mine] - (costs[other] if other >= 0 else 0)
+            larger = max(totals[heavy] - moved, totals[part] + moved)
+            if part != heavy and larger < totals[heavy] and (best is None or larger < best[0]):
+                best = (larger, mine, other, part)
+    if best is None:
+        return False
+    _, mine, other, part = best
+    moved = costs[mine] - (costs[other] if other >= 0 else 0)
+    parts[mine] = part
+    if other >= 0:
+        parts[other] = heavy
+    totals[heavy] -= moved
+    totals[part] += moved
+    return True
+
+
+def smallest_largest_load(costs: Sequence[int], num_parts: int) -> int:
+    """The largest load of the best cut of n rows into contiguous parts: exact, by bisection over whole numbers."""
+    prefix = [0, *accumulate(costs)]
+    low, high = max([*costs, -(-prefix[-1] // num_parts)]), prefix[-1]
+    while low < high:
+        middle = (low + high) // 2
+        if _num_parts_needed(prefix, 0, middle, num_parts) <= num_parts:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _num_parts_needed(prefix: Sequence[int], start: int, limit: int, enough: int) -> int:
+    """Parts of at most `limit` that cover the rows from `start` on; stops counting above `enough`."""
+    count, num_rows = 0, len(prefix) - 1
+    while start < num_rows and count <= enough:
+        start = max(bisect_right(prefix, prefix[start] + limit) - 1, start)
+        count += 1
+    return count
+
+
+def balanced_cuts(costs: Sequence[int], num_parts: int, borders: Sequence[int]) -> list[int]:
+    """W - 1 ascending cuts whose largest load is within 1 % of the best, at the borders of views where that allows it.
+
+    Args: costs: (n,) of all rows, >= 0; borders: ascending positions where a cut costs no halo and no second copies.
+    """
+    prefix = [0, *accumulate(costs)]
+    num_rows = len(costs)
+    best = smallest_largest_load(costs, num_parts)
+    limit = max(best, int(best * SNAP_TOLERANCE))
+    cuts, start = [], 0
+    for parts_left in range(num_parts - 1, 0, -1):
+        furthest = min(bisect_right(prefix, prefix[start] + limit) - 1, num_rows)
+        fair = bisect_right(prefix, prefix[start] + (prefix[-1] - prefix[start]) // (parts_left + 1)) - 1
+        start = _chosen_cut(prefix, start, (fair, furthest), limit, parts_left, borders)
+        cuts.append(start)
+    return cuts
+
+
+def _chosen_cut(
+    prefix: Sequence[int], start: int, span: tuple[int, int], limit: int, parts_left: int, borders: Sequence[int]
+) -> int:
+    """The border nearest to the fair cut from which the other parts can do the rest, else the nearest row that can."""
+    fair, furthest = span
+    near = [border for border in borders if start < border <= furthest]
+    for border in sorted(near, key=lambda border: abs(prefix[border] - prefix[min(fair, furthest)]))[:2]:
+        if _num_parts_needed(prefix, border, limit, parts_left) <= parts_left:
+            return border
+    for row in (min(fair, furthest), min(fair + 1, furthest)):
+        if row >= start and _num_parts_needed(prefix, row, limit, parts_left) <= parts_left:
+            return row
+    return furthest
+
+
+def equal_row_cuts(num_rows: int, num_parts: int) -> list[int]:
+    """Cuts into equally many rows, whatever they cost."""
+    return [num_rows * part // num_parts for part in range(1, num_parts)]
+
+
+def grendel_cuts(costs: Sequence[int], num_parts: int, borders: Sequence[int]) -> list[int]:
+    """Grendel-GS's "final" rule: cuts at equal shares of the prefix sum, moved to a border of a view within one row."""
+    prefix = list(accumulate(costs))
+    ends = [0, *borders]
+    cuts = []
+    for part in range(1, num_parts):
+        cut = bisect_right(prefix, prefix[-1] * part // num_parts)
+        view = bisect_right(ends, cut) - 1
+        if view + 1 < len(ends) and cut + GRENDEL_BORDER >= ends[view + 1]:
+            cut = ends[view + 1]
+        elif cut - GRENDEL_BORDER <= ends[view]:
+            cut = ends[view]
+        cuts.append(cut)
+    return cuts
+
+
+def match_parts_to_ranks(affinity: np.ndarray) -> list[int]:
+    """Rank of each part, so that the sum of affinity (W parts, W ranks) is largest; whole numbers, ties by order."""
+    _, ranks = linear_sum_assignment(-affinity)
+    return [int(rank) for rank in ranks]
+
+
+def loads_of(partition: PixelPartition, costs: Sequence[np.ndarray]) -> list[int]:
+    """(W,) the cost of each rank's regions; costs: for each view of the batch, (tile rows,)."""
+    return [sum(int(costs[r.view][r.tile_start : r.tile_stop].sum()) for r in mine) for mine in partition.regions]
+
+
+def partition_batch(
+    heights: Sequence[int],
+    costs: Sequence[np.ndarray],
+    num_ranks: int,
+    *,
+    rule: str = "balanced",
+    affinity: np.ndarray | None = None,
+) -> PixelPartition:
+    """The regions of every rank for one batch: a pure function.
+
+    Args: heights: (B,) pixels; costs: for each view, (tile rows,) int64 >= 0; affinity: (B, W) int64, how many of the
+    splats that view b shows rank r owns (loads come first, this breaks the symmetry of ranks); rule: one of RULES.
+    """
+    rows = np.concatenate(costs).tolist()
+    borders = list(accumulate(len(view) for view in costs))
+    if rule == "equal_rows":
+        return PixelPartition.of_cuts(heights, equal_row_cuts(len(rows), num_ranks), range(num_ranks))
+    if rule == "grendel":
+        return PixelPartition.of_cuts(heights, grendel_cuts(rows, num_ranks, borders), range(num_ranks))
+    if rule != "balanced":
+        raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}")
+    strips = PixelPartition.of_cuts(heights, balanced_cuts(rows, num_ranks, borders), range(num_ranks))
+    if len(costs) >= num_ranks:
+        parts = assign_whole_views([int(view.sum()) for view in costs], num_ranks)
+        whole = PixelPartition.of_whole_views(heights, parts, num_ranks)
+        accepted = max(WHOLE_VIEW_TOLERANCE * sum(rows) / num_ranks, max(loads_of(strips, costs)))
+        if max(loads_of(whole, costs)) <= accepted:
+            return _matched(whole, costs, affinity)
+    return _matched(strips, costs, affinity)
+
+
+def _matched(partition: PixelPartition, costs: Sequence[np.ndarray], affinity: np.ndarray | None) -> PixelPartition:
+    """The same parts, each at the rank that owns most of what it shows."""
+    if affinity is None:
+        return partition
+    num_ranks = partition.num_ranks
+    gain = np.zeros((num_ranks, num_ranks), np.int64)
+    for part, regions in enumerate(partition.regions):
+        for region in regions:
+            view = costs[region.view]
+            share = int(view[region.tile_start : region.tile_stop].sum())
+            gain[part] += affinity[region.view] * share // max(int(view.sum()), 1)
+    regions_of_rank = [partition.regions[0]] * num_ranks
+    for part, rank in enumerate(match_parts_to_ranks(gain)):
+        regions_of_rank[rank] = partition.regions[part]
+    return PixelPartition(partition.heights, tuple(regions_of_rank))
+
+
+class LoadBalancer:
+    """Remembers what each tile row of each view cost, and shares out batches by it. Every rank holds the same one.
+
+    Args: sizes: (width, height) of every view of the scene; num_ranks: W; rule: one of RULES; delay: k, at least 1.
+    """
+
+    def __init__(
+        self, sizes: Sequence[tuple[int, int]], num_ranks: int, *, rule: str = "balanced", delay: int = COST_DELAY
+    ) -> None:
+        if delay < 1 or rule not in RULES:
+            raise ValueError(f"the delay is {delay} (at least 1) and the rule {rule!r} (one of {', '.join(RULES)})")
+        self.heights = tuple(height for _, height in sizes)
+        self.num_ranks, self.rule, self.delay = num_ranks, rule, delay
+        self._widths = tuple(width for width, _ in sizes)
+        self._pairs: dict[int, np.ndarray] = {}
+        self._waiting: list[tuple[int, dict[int, np.ndarray]]] = []
+
+    def assign(self, step: int, views: Sequence[int], affinity: np.ndarray | None = None) -> PixelPartition:
+        """The partition of the batch of `step`; equal on all ranks. Affinity: see `partition_batch`, equal on all."""
+        while self._waiting and self._waiting[0][0] + self.delay <= step:
+            self._pairs.update(self._waiting.pop(0)[1])
+        heights = [self.heights[view] for view in views]
+        costs = [self.costs(view) for view in views]
+        return partition_batch(heights, costs, self.num_ranks, rule=self.rule, affinity=affinity)
+
+    def costs(self, view: int) -> np.ndarray:
+        """(tile rows,) int64 >= 1: pairs when last counted, or the mean density of known views, and the pixels."""
+        pixels = self._pixels(view)
+        pairs = self._pairs.get(view)
+        if pairs is None:
+            known_pairs = sum(int(values.sum()) for values in self._pairs.values())
+            known_pixels = sum(int(self._pixels(known).sum()) for known in self._pairs)
+            pairs = pixels * known_pairs // max(known_pixels, 1)
+        return pairs + PIXEL_COST * pixels
+
+    def observe(self, step: int, pairs: Mapping[int, np.ndarray]) -> None:
+        """Remember what `step` counted: view of the scene -> (tile rows,) int64, equal on all ranks (`share_costs`).
+
+        Raises: ValueError for steps out of order or a vector of another length.
+        """
+        if self._waiting and self._waiting[-1][0] >= step:
+            raise ValueError(f"costs of step {step} come after those of step {self._waiting[-1][0]}")
+        for view, values in pairs.items():
+            if values.shape != (num_tile_rows(self.heights[view]),):
+                raise ValueError(f"view {view} has {num_tile_rows(self.heights[view])} tile rows, not {values.shape}")
+        self._waiting.append((step, {view: values.astype(np.int64) for view, values in pairs.items()}))
+
+    def to_plain(self) -> dict[str, list[list[object]]]:
+        """Everything that later partitions depend on, as JSON can hold it (`restore`)."""
+        waiting: list[list[object]] = [[step, _plain(pairs)] for step, pairs in self._waiting]
+        return {"pairs": _plain(self._pairs), "waiting": waiting}
+
+    def restore(self, plain: Mapping[str, Any]) -> None:
+        """Become the balancer that `to_plain` described, on any number of ranks. Raises: as `observe`."""
+        self._waiting = []
+        self.observe(0, _unplain(plain["pairs"]))
+        self._pairs = self._waiting.pop()[1]
+        for step, pairs in plain["waiting"]:
+            self.observe(step, _unplain(pairs))
+
+    def _pixels(self, view: int) -> np.ndarray:
+        """(tile rows,) int64 pixels in each."""
+        height = self.heights[view]
+        starts = TILE * np.arange(num_tile_rows(height), dtype=np.int64)
+        return np.minimum(height - starts, TILE) * self._widths[view]
+
+
+def _plain(pairs: Mapping[int, np.ndarray]) -> list[list[object]]:
+    return [[view, values.tolist()] for view, values in pairs.items()]
+
+
+def _unplain(plain: Sequence[Sequence[Any]]) -> dict[int, np.ndarray]:
+    return {int(view): np.array(values, np.int64) for view, values in plain}
+
+
+def share_costs(
+    communicator: Communicator, partition: PixelPartition, views: Sequence[int], mine: Sequence[np.ndarray]
+) -> dict[int, np.ndarray]:
+    """The pairs of every tile row of the batch, for `LoadBalancer.observe`. All ranks.
+
+    Args: views: of the scene, as drawn; mine: for each region of this rank, its own tile rows' pairs.
+    """
+    offsets = [0, *accumulate(map(num_tile_rows, partition.heights))]
+    flat = torch.zeros(offsets[-1], dtype=torch.int64)
+    for region, pairs in zip(partition.regions[communicator.rank], mine, strict=True):
+        first = offsets[region.view]
+        flat[first + region.tile_start : first + region.tile_stop] = torch.from_numpy(pairs)
+    total = communicator.sum(flat).numpy()  # all ranks
+    return {view: total[offsets[k] : offsets[k + 1]] for k, view in enumerate(views)}
