@@ -107,7 +107,7 @@ def _named(path: Path, config: TrainConfig) -> tuple[Checkpoint, list[str]]:
 
 def _adopted(imported: Imported, path: Path, config: TrainConfig) -> tuple[Checkpoint, list[str]]:
     """A predecessor's checkpoint as one of ours, with what is known of its run."""
-    size = config.optimization.bsz
+    size = config.optimization.bsz if imported.iteration % config.optimization.bsz == 0 else 1
     state = RunState(
         iteration=imported.iteration,
         next_step=imported.iteration // size,
@@ -171,7 +171,7 @@ def check_flags(checkpoint: Checkpoint, config: TrainConfig, *, is_in_place: boo
     if state.iteration % size:
         raise InputError(
             f"the checkpoint {path} stands behind image {state.iteration}, which is not a whole number of steps of "
-            f"--bsz {size}; give --bsz {state.batch_size}, as it was written with"
+            f"--bsz {size}; give --bsz {state.batch_size}"
         )
     num_steps = -(-iterations // size)
     if state.iteration // size > num_steps - (not is_in_place):

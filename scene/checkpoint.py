@@ -106,10 +106,12 @@ def load_checkpoint(
         choose: which of the rows read this rank shall own, in which order; all of them, in the order of the shards and
             of the rows in them, by default.
 
-    Raises: InputError naming the file and what is wrong with it.
+    Raises: InputError naming the file and what is wrong with it; ValueError when `shards` is empty.
     """
     manifest = read_manifest(folder)
     wanted = range(manifest.world_size) if shards is None else shards
+    if len(wanted) == 0:
+        raise ValueError("a checkpoint is read from one shard at least; `choose` may take no row")
     parts = [_read_shard(folder, manifest, index) for index in wanted]
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     ids = tensors["ids"]

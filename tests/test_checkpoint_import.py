@@ -243,6 +243,13 @@ def test_training_goes_on_from_a_predecessor(any_scene: Path, tmp_path: Path, ki
     assert "the extent" in log  # 4.5 is not this scene's
 
 
+def test_a_predecessors_step_must_be_ours(any_scene: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "chkpnt30.pth", iteration=30)
+    start = ["--start_checkpoint", str(tmp_path / "chkpnt30.pth"), "--quiet", "--bsz", "4"]
+    with pytest.raises(InputError, match="behind image 30, which is not a whole number of steps .* give --bsz 1"):
+        train.main(["-s", str(any_scene), "-m", str(tmp_path / "m"), *start])
+
+
 def renamed(source: Path, target: Path, old: bytes, new: bytes) -> None:
     """A copy of a checkpoint with another module name in its pickle."""
     buffer = io.BytesIO()

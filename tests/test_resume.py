@@ -137,6 +137,25 @@ def test_an_interrupted_run_goes_on_in_its_folder(any_scene: Path, straight: Pat
     assert [edit["num_gaussians"] for edit in read.edits] == [edit["num_gaussians"] for edit in straight_log.edits]
 
 
+def test_the_progress_bar_starts_where_the_training_does(
+    any_scene: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars = []
+
+    class Watched(train.TrainingProgress):
+        def __init__(self, total: int, *, initial: int = 0, enabled: bool = True) -> None:
+            super().__init__(total, initial=initial, enabled=True)
+            bars.append((total, initial))
+
+        def close(self) -> None:
+            bars.append(self._bar.n)
+            super().close()
+
+    monkeypatch.setattr(train, "TrainingProgress", Watched)
+    run(any_scene, tmp_path / "m", "--start_checkpoint", str(straight / "checkpoints" / "55"), iterations=58)
+    assert bars == [(58, 55), 58]
+
+
 def test_a_finished_run_that_is_started_again_does_nothing(any_scene: Path, tmp_path: Path) -> None:
     target = tmp_path / "m"
     flags = ("--checkpoint_iterations", "6", "--auto_start_checkpoint")
