@@ -13,6 +13,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from masksplat.types import TILE
 
 HALO = 5
@@ -35,6 +37,22 @@ class Region:
         """Pixel rows [start, stop) that are drawn: the own rows and the halo, within the view."""
         start, stop = self.own_rows(height)
         return max(start - halo, 0), min(stop + halo, height)
+
+    def own_pairs(self, pairs_per_row: np.ndarray, height: int, halo: int = HALO) -> np.ndarray:
+        """(tile rows of this region,) int64: what each of them cost, from what was counted in the drawn rows.
+
+        Args: pairs_per_row: `Frame.pairs_per_row` of the drawn rows. A frame's rows of tiles begin at its first pixel
+        row, the halo's; each is split between the region's rows of tiles by its share of pixel rows, the halo left out.
+        """
+        first, last = self.drawn_rows(height, halo)
+        own_last = self.own_rows(height)[1]
+        found = np.zeros(self.tile_stop - self.tile_start, np.int64)
+        for number, pairs in enumerate(pairs_per_row.tolist()):
+            start, stop = first + TILE * number, min(first + TILE * (number + 1), last)
+            for tile in range(max(start // TILE, self.tile_start), min(-(-stop // TILE), self.tile_stop)):
+                shared = min(stop, TILE * (tile + 1), own_last) - max(start, TILE * tile)
+                found[tile - self.tile_start] += pairs * max(shared, 0) // (stop - start)
+        return found
 
 
 def num_tile_rows(height: int) -> int:

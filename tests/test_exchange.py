@@ -267,6 +267,18 @@ def test_a_partition_gives_every_row_to_one_rank(regions: Any, message: str) -> 
         PixelPartition((52,), regions)
 
 
+def test_pairs_of_a_shifted_frame_come_back_to_their_tiles() -> None:
+    whole = Region(0, 0, 3)
+    assert whole.own_pairs(np.array([5, 7, 9]), 41).tolist() == [5, 7, 9]  # no halo: the frame's rows are the view's
+    middle = Region(0, 1, 2)  # draws 11..37 of 64: rows of tiles 11..27 and 27..37; owns 16..32
+    assert middle.drawn_rows(64) == (11, 37)
+    assert middle.own_pairs(np.array([1600, 1000]), 64).tolist() == [1100 + 500]
+    last = Region(0, 2, 3)  # draws 27..41 of 41, owns 32..41
+    assert last.own_pairs(np.array([1400]), 41).tolist() == [900]
+    strip = Region(0, 1, 4)  # draws 11..69 of 100 as 11, 27, 43, 59: own rows 16, 32, 48 .. 64
+    assert strip.own_pairs(np.array([160, 160, 160, 100]), 100).tolist() == [110 + 50, 110 + 50, 110 + 50]
+
+
 def test_digests_tell_partitions_apart() -> None:
     partition = PixelPartition.of_cuts([52, 41], [3], [0, 1])
     other = PixelPartition.of_cuts([52, 41], [4], [0, 1])
