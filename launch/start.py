@@ -142,9 +142,12 @@ def begin(start: Start, folder: ModelFolder, extent: float) -> list[str]:
 
 
 def _set_aside(place: Path, behind: int) -> list[str]:
-    """Move checkpoints with a number above `behind` elsewhere; a sentence if there were any. Raises: InputError."""
+    """Move checkpoints with a number above `behind` elsewhere; a sentence if there were any. Raises: InputError.
+
+    Those of Grendel-GS, too: one of ours with the same number would replace them.
+    """
     entries = [entry for entry in place.iterdir() if entry.name.isdecimal()] if place.is_dir() else []
-    later = [entry for entry in entries if int(entry.name) > behind and (entry / MANIFEST).exists()]
+    later = [entry for entry in entries if int(entry.name) > behind]
     if not later:
         return []
     number = 1

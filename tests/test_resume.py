@@ -199,6 +199,14 @@ def test_a_new_training_sets_old_checkpoints_aside(any_scene: Path, straight: Pa
     assert "checkpoints-before-1" in (target / "train.log").read_text()
 
 
+def test_files_of_another_program_are_never_replaced(any_scene: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "m" / "checkpoints" / "3" / "chkpnt_ws=1_rk=0.pth"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"precious")
+    run(any_scene, tmp_path / "m", "--checkpoint_iterations", "3", iterations=3)
+    assert (tmp_path / "m" / "checkpoints-before-1" / "3" / theirs.name).read_bytes() == b"precious"
+
+
 def test_an_older_checkpoint_begins_another_branch(any_scene: Path, straight: Path, tmp_path: Path) -> None:
     """What lay behind it is moved: it would be taken for the newest of the branch that goes on."""
     target = copied(straight, tmp_path / "m", "20", "40", "55")
