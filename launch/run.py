@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+from distributed.communicator import PeerError
 from scene.errors import InputError
 
 EXIT_INPUT_ERROR = 2
@@ -25,12 +26,15 @@ def run_main(main: Callable[[Sequence[str]], int | None], arguments: Sequence[st
     """Calls `main` with the command line and exits with its status (None means 0).
 
     InputError, and operating system errors that the user can mend (full disk, no permission), become one paragraph on
-    stderr and status 2; Ctrl-C becomes status 130. Any other exception is a defect and keeps its traceback.
+    stderr and status 2; a rank whose peer failed ends with that status without a word. Ctrl-C becomes status 130. Any
+    other exception is a defect and keeps its traceback.
     """
     try:
         status = main(sys.argv[1:] if arguments is None else arguments)
     except InputError as error:
         exit_with_paragraph(str(error))
+    except PeerError:
+        sys.exit(EXIT_INPUT_ERROR)  # the rank that failed prints the paragraph
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import os
 import socket
@@ -13,7 +15,9 @@ import pytest
 import torch
 
 from distributed.communicator import Communicator, DisagreementError, PeerError, Place
+from launch.run import run_main
 from rank_harness import RankFailure, run_ranks
+from scene.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = [1, 2, 3, 4]
@@ -85,6 +89,22 @@ def test_an_error_on_one_rank_ends_all_with_one_message() -> None:
     assert run_ranks(fail_on, 3, [1, 2]) == [silent, "prints no photo at 1", silent]
     assert run_ranks(fail_on, 3, []) == ["goes on"] * 3
     assert fail_on(Communicator(), [0]) == "prints no photo at 0"
+
+
+def fail_in_a_script(world: Communicator) -> tuple[object, str]:
+    def main(_: object) -> None:
+        with world.all_or_none(InputError):
+            if world.rank != 0:
+                raise InputError(f"no photo at {world.rank}")
+
+    words = io.StringIO()
+    with contextlib.redirect_stderr(words), pytest.raises(SystemExit) as end:
+        run_main(main, [])
+    return end.value.code, words.getvalue()
+
+
+def test_scripts_print_the_error_of_a_rank_once() -> None:
+    assert run_ranks(fail_in_a_script, 3) == [(2, ""), (2, "error: no photo at 1\n"), (2, "")]
 
 
 def agree(world: Communicator, odd_rank: int) -> str:
