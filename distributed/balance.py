@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -231,14 +232,19 @@ class LoadBalancer:
         self.num_ranks, self.rule, self.delay = num_ranks, rule, delay
         self._widths = tuple(width for width, _ in sizes)
         self._pairs: dict[int, np.ndarray] = {}
-        self._waiting: list[tuple[int, dict[int, np.ndarray]]] = []
+        self._owned: dict[int, np.ndarray] = {}
+        self._waiting: list[_Observation] = []
 
-    def assign(self, step: int, views: Sequence[int], affinity: np.ndarray | None = None) -> PixelPartition:
-        """The partition of the batch of `step`; equal on all ranks. Affinity: see `partition_batch`, equal on all."""
-        while self._waiting and self._waiting[0][0] + self.delay <= step:
-            self._pairs.update(self._waiting.pop(0)[1])
+    def assign(self, step: int, views: Sequence[int]) -> PixelPartition:
+        """The partition of the batch of `step`; equal on all ranks that observed the same."""
+        while self._waiting and self._waiting[0].step + self.delay <= step:
+            due = self._waiting.pop(0)
+            self._pairs.update(due.pairs)
+            self._owned.update(due.owned)
         heights = [self.heights[view] for view in views]
         costs = [self.costs(view) for view in views]
+        nobody = np.zeros(self.num_ranks, np.int64)
+        affinity = np.stack([self._owned.get(view, nobody) for view in views])
         return partition_batch(heights, costs, self.num_ranks, rule=self.rule, affinity=affinity)
 
     def costs(self, view: int) -> np.ndarray:
@@ -251,30 +257,44 @@ class LoadBalancer:
             pairs = pixels * known_pairs // max(known_pixels, 1)
         return pairs + PIXEL_COST * pixels
 
-    def observe(self, step: int, pairs: Mapping[int, np.ndarray]) -> None:
-        """Remember what `step` counted: view of the scene -> (tile rows,) int64, equal on all ranks (`share_costs`).
+    def observe(
+        self, step: int, pairs: Mapping[int, np.ndarray], owned: Mapping[int, np.ndarray] | None = None
+    ) -> None:
+        """Remember what `step` counted, equal on all ranks: view of the scene -> whole numbers.
 
+        Args: pairs: (tile rows,) of each view (`share_costs`); owned: (W,) how many of its splats each rank owns
+        (`share_owned`), by which a part goes to the rank that has most of it already.
         Raises: ValueError for steps out of order or a vector of another length.
         """
-        if self._waiting and self._waiting[-1][0] >= step:
-            raise ValueError(f"costs of step {step} come after those of step {self._waiting[-1][0]}")
+        if self._waiting and self._waiting[-1].step >= step:
+            raise ValueError(f"costs of step {step} come after those of step {self._waiting[-1].step}")
         for view, values in pairs.items():
             if values.shape != (num_tile_rows(self.heights[view]),):
                 raise ValueError(f"view {view} has {num_tile_rows(self.heights[view])} tile rows, not {values.shape}")
-        self._waiting.append((step, {view: values.astype(np.int64) for view, values in pairs.items()}))
+        for view, values in (owned or {}).items():
+            if values.shape != (self.num_ranks,):
+                raise ValueError(f"view {view} has splats of {self.num_ranks} ranks, not {values.shape}")
+        self._waiting.append(_Observation(step, _whole(pairs), _whole(owned or {})))
 
-    def to_plain(self) -> dict[str, list[list[object]]]:
+    def to_plain(self) -> dict[str, Any]:
         """Everything that later partitions depend on, as JSON can hold it (`restore`)."""
-        waiting: list[list[object]] = [[step, _plain(pairs)] for step, pairs in self._waiting]
-        return {"pairs": _plain(self._pairs), "waiting": waiting}
+        return {
+            "num_ranks": self.num_ranks,
+            "known": [_plain(self._pairs), _plain(self._owned)],
+            "waiting": [[seen.step, _plain(seen.pairs), _plain(seen.owned)] for seen in self._waiting],
+        }
 
     def restore(self, plain: Mapping[str, Any]) -> None:
-        """Become the balancer that `to_plain` described, on any number of ranks. Raises: as `observe`."""
+        """Become the balancer that `to_plain` described; with another number of ranks, forget who owned what.
+
+        Raises: as `observe`.
+        """
+        same_ranks = plain["num_ranks"] == self.num_ranks
         self._waiting = []
-        self.observe(0, _unplain(plain["pairs"]))
-        self._pairs = self._waiting.pop()[1]
-        for step, pairs in plain["waiting"]:
-            self.observe(step, _unplain(pairs))
+        for step, pairs, owned in [[-1, *plain["known"]], *plain["waiting"]]:
+            self.observe(int(step), _unplain(pairs), _unplain(owned if same_ranks else []))
+        known = self._waiting.pop(0)
+        self._pairs, self._owned = known.pairs, known.owned
 
     def _pixels(self, view: int) -> np.ndarray:
         """(tile rows,) int64 pixels in each."""
@@ -283,8 +303,21 @@ class LoadBalancer:
         return np.minimum(height - starts, TILE) * self._widths[view]
 
 
-def _plain(pairs: Mapping[int, np.ndarray]) -> list[list[object]]:
-    return [[view, values.tolist()] for view, values in pairs.items()]
+@dataclass(frozen=True, eq=False)
+class _Observation:
+    """What one step counted: view of the scene -> pairs of its tile rows, splats that each rank owns."""
+
+    step: int
+    pairs: dict[int, np.ndarray]
+    owned: dict[int, np.ndarray]
+
+
+def _whole(counts: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+    return {view: values.astype(np.int64) for view, values in counts.items()}
+
+
+def _plain(counts: Mapping[int, np.ndarray]) -> list[list[object]]:
+    return [[view, values.tolist()] for view, values in counts.items()]
 
 
 def _unplain(plain: Sequence[Sequence[Any]]) -> dict[int, np.ndarray]:
@@ -305,3 +338,12 @@ def share_costs(
         flat[first + region.tile_start : first + region.tile_stop] = torch.from_numpy(pairs)
     total = communicator.sum(flat).numpy()  # all ranks
     return {view: total[offsets[k] : offsets[k + 1]] for k, view in enumerate(views)}
+
+
+def share_owned(communicator: Communicator, views: Sequence[int], num_splats: Sequence[int]) -> dict[int, np.ndarray]:
+    """(W,) of each view of the batch: how many of its splats each rank owns, for `LoadBalancer.observe`. All ranks.
+
+    Args: views: of the scene, as drawn; num_splats: packed splats of this rank in each of them.
+    """
+    owned = np.array(communicator.gather_counts(num_splats), np.int64)  # all ranks
+    return {view: owned[:, k] for k, view in enumerate(views)}

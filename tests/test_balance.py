@@ -22,6 +22,7 @@ from distributed.balance import (
     match_parts_to_ranks,
     partition_batch,
     share_costs,
+    share_owned,
     smallest_largest_load,
 )
 from distributed.communicator import Communicator
@@ -144,12 +145,30 @@ def test_costs_count_after_the_delay() -> None:
     assert mine.costs(2).tolist() == [320 + 1125, 320 + 1125, 180 + 632]
 
 
+def test_whole_views_follow_who_owns_their_splats() -> None:
+    mine = balancer()
+    assert [regions[0].view for regions in mine.assign(0, [0, 1]).regions] == [0, 1]
+    mine.observe(0, {}, {0: np.array([10, 900]), 1: np.array([20, 30])})
+    assert [regions[0].view for regions in mine.assign(1, [0, 1]).regions] == [0, 1]
+    assert [regions[0].view for regions in mine.assign(2, [0, 1]).regions] == [1, 0]
+    with pytest.raises(ValueError, match="view 0 has splats of 2 ranks"):
+        mine.observe(3, {}, {0: np.zeros(3, np.int64)})
+
+
 def test_a_balancer_goes_on_where_it_was_saved() -> None:
     first, second = balancer(), balancer(num_ranks=3)
-    first.observe(0, {0: np.array([9000, 0, 7, 0])})
+    first.observe(0, {0: np.array([9000, 0, 7, 0])}, {0: np.array([1, 5])})
+    first.assign(2, [0])
+    first.observe(2, {1: np.array([1, 2, 3, 4])}, {1: np.array([5, 1])})
+    plain = json.loads(json.dumps(first.to_plain()))
+    same = balancer()
+    same.restore(plain)
+    assert same.to_plain() == plain == first.to_plain()
+    assert same.assign(4, [0, 1]) == first.assign(4, [0, 1])
+    first = balancer()
+    first.observe(-1, {0: np.array([9000, 0, 7, 0])})  # who owned what does not count on three ranks
     first.assign(2, [0])
     first.observe(2, {1: np.array([1, 2, 3, 4])})
-    plain = json.loads(json.dumps(first.to_plain()))
     second.restore(plain)
     first.num_ranks = 3
     for step, views in ((3, [0, 1]), (4, [1, 2]), (5, [2, 2])):
@@ -177,7 +196,9 @@ def balance_together(world: Communicator) -> list[list[list[list[int]]]]:
         partition = mine.assign(step, views)
         world.require_agreement(f"partition of step {step}", partition.digest(step, views))
         seen = [true_costs[views[r.view]][r.tile_start : r.tile_stop] for r in partition.regions[world.rank]]
-        mine.observe(step, share_costs(world, partition, views, seen))
+        owned = share_owned(world, views, [100 * world.rank + view for view in views])
+        assert owned[views[1]].tolist() == [100 * rank + views[1] for rank in range(world.size)]
+        mine.observe(step, share_costs(world, partition, views, seen), owned)
         history.append(partition.to_plain())
     assert all(np.array_equal(mine.costs(view) - balancer().costs(view), true_costs[view]) for view in range(3))
     return history
