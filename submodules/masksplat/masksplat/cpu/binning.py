@@ -126,32 +126,51 @@ def _sort_tiles(task, num_tasks, tile_offsets, longest, keys, ids, splats, insta
     spare_splats, spare_instances = np.empty(longest, np.int32), np.empty(longest, np.int32)
     ends = np.empty(NUM_DIGITS, np.int64)
     for tile in range(task, tile_offsets.size - 1, num_tasks):
-        start, stop = tile_offsets[tile], tile_offsets[tile + 1]
+        start, count = tile_offsets[tile], tile_offsets[tile + 1] - tile_offsets[tile]
+        is_in_place = True
         for digit in range(keys.itemsize):
-            _radix_pass(start, stop, digit, keys, splats, instances, spare_splats, spare_instances, ends)
-        _order_ties_by_id(start, stop, keys, ids, splats, instances)
+            # The digits of a list are counted in any order, so always where the list was.
+            if not _count_digits(splats, start, count, digit, keys, ends):
+                continue
+            if is_in_place:
+                _move(splats, instances, start, spare_splats, spare_instances, 0, count, digit, keys, ends)
+            else:
+                _move(spare_splats, spare_instances, 0, splats, instances, start, count, digit, keys, ends)
+            is_in_place = not is_in_place
+        if not is_in_place:
+            for k in range(count):
+                splats[start + k], instances[start + k] = spare_splats[k], spare_instances[k]
+        _order_ties_by_id(start, start + count, keys, ids, splats, instances)
 
 
 @device
-def _radix_pass(start, stop, digit, keys, splats, instances, spare_splats, spare_instances, ends):
-    """Stable sort of a list by one byte of its keys; nothing is moved when all share it."""
-    shift, mask = keys.dtype.type(8 * digit), keys.dtype.type(NUM_DIGITS - 1)
+def _digit(keys, splat, digit):
+    """One byte of a splat's key."""
+    return (keys[splat] >> keys.dtype.type(8 * digit)) & keys.dtype.type(NUM_DIGITS - 1)
+
+
+@device
+def _count_digits(splats, base, count, digit, keys, ends):
+    """Set `ends` to where each value of the digit begins in the sorted list; False when all share one value."""
     ends[:] = 0
-    for at in range(start, stop):
-        ends[(keys[splats[at]] >> shift) & mask] += 1
+    for k in range(base, base + count):
+        ends[_digit(keys, splats[k], digit)] += 1
     total = 0
     for bucket in range(NUM_DIGITS):
-        if ends[bucket] == stop - start:
-            return
+        if ends[bucket] == count:
+            return False
         total, ends[bucket] = total + ends[bucket], total
-    for at in range(start, stop):
-        bucket = (keys[splats[at]] >> shift) & mask
-        spare_splats[ends[bucket]] = splats[at]
-        spare_instances[ends[bucket]] = instances[at]
+    return True
+
+
+@device
+def _move(splats, instances, base, to_splats, to_instances, to_base, count, digit, keys, ends):
+    """One stable radix pass from one list into another, after `_count_digits`."""
+    for k in range(base, base + count):
+        bucket = _digit(keys, splats[k], digit)
+        to_splats[to_base + ends[bucket]] = splats[k]
+        to_instances[to_base + ends[bucket]] = instances[k]
         ends[bucket] += 1
-    for at in range(start, stop):
-        splats[at] = spare_splats[at - start]
-        instances[at] = spare_instances[at - start]
 
 
 @device
