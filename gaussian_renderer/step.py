@@ -43,7 +43,7 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class StepResult:
-    """l1, ssim: means over the batch. d_mask: (N,) gradient of the masks, or None. num_pairs: pairs evaluated."""
+    """l1, ssim: means over the batch. d_mask: (N,) gradient of the masks. num_pairs: pairs evaluated."""
 
     l1: float
     ssim: float

@@ -15,13 +15,20 @@ from types import MappingProxyType
 from typing import Any
 
 from launch.config import MetricsConfig, MetricsFlags, RenderConfig, RenderFlags, TrainConfig, fill_group
-from launch.flag_groups import DensityFlags, LoggingConfig, MaskFlags, ModelConfig, OptimizationConfig, PipelineConfig
-from launch.flag_groups_more import (
+from launch.flag_groups import (
+    DensityFlags,
+    LoggingConfig,
+    MaskFlags,
+    ModelConfig,
+    OptimizationConfig,
+    PipelineConfig,
+    PruneFlags,
+)
+from launch.flag_groups_process import (
     BenchmarkConfig,
     CheckpointFlags,
     DebugConfig,
     DistributionConfig,
-    PruneFlags,
     ViewerConfig,
 )
 from launch.parser import Flag, build_parser, check_value, flags_of, notices_of, parse_given

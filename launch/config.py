@@ -13,13 +13,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from launch.flag import flag
-from launch.flag_groups import DensityFlags, LoggingConfig, MaskFlags, ModelConfig, OptimizationConfig, PipelineConfig
-from launch.flag_groups_more import (
+from launch.flag_groups import (
+    DensityFlags,
+    LoggingConfig,
+    MaskFlags,
+    ModelConfig,
+    OptimizationConfig,
+    PipelineConfig,
+    PruneFlags,
+)
+from launch.flag_groups_process import (
     BenchmarkConfig,
     CheckpointFlags,
     DebugConfig,
     DistributionConfig,
-    PruneFlags,
     ViewerConfig,
 )
 

@@ -2,7 +2,7 @@
 """The flags that describe one training: data, drawing, optimization, density control, masks, output.
 
 Each field is a flag of the same name; the string under it is its help text. Iterations count images, as in Grendel-GS.
-Flags of ranks, checkpoints, other pruning methods and measuring are in `launch/flag_groups_more.py`.
+Flags of what happens around it (checkpoints, processes, timers, debugging) are in `launch/flag_groups_process.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from pathlib import Path
 from launch.flag import flag
 
 LATER_APPEARANCE = "per-image exposure and depth supervision are not part of this program; leave the flag out"
+LATER_LP = "the importance scores and masks of LP-3DGS are not built in yet; leave the flag out"
+LATER_FINETUNE = "pruning and finetuning a trained model is not built in yet; train from photos with -s instead"
+NEVER_READ = "LP-3DGS accepts it, too, and never reads it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +203,44 @@ class MaskFlags:
     """Learning rate of each of the paper's two mask logits; our single logit gets twice as much, which is the same."""
     mask_prune_iter: int = flag(1000, source="MaskGaussian", minimum=1, unit="images")
     """Period of mask pruning after densification has ended."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneFlags:
+    """Other pruning methods: LP-3DGS, Compact-3DGS, percentages, pruning of trained models."""
+
+    use_importance_mask: bool = flag(False, source="LP-3DGS", refused=LATER_LP)
+    """Learned mask on the importance score (rad_splat, mini_splatting)."""
+    prune_iterations: tuple[int, ...] = flag((19_500,), source="LP-3DGS", unit="images", refused=LATER_LP)
+    """Start of LP-3DGS's mask window."""
+    train_mask_iters: int = flag(500, source="LP-3DGS", unit="images", refused=LATER_LP)
+    """Length of LP-3DGS's mask window."""
+    gumbel_temp: float = flag(0.5, source="LP-3DGS", refused=LATER_LP)
+    """Temperature of LP-3DGS's Gumbel sigmoid."""
+    prune_use_percent_iterations: tuple[int, ...] = flag((20_000,), source="LP-3DGS", unit="images", refused=LATER_LP)
+    """Iterations of percent pruning."""
+    prune_percent: float = flag(0.6, source="LP-3DGS", refused=LATER_LP)
+    """Share that percent pruning removes."""
+    random_prune_ratio: float = flag(0.1, source="LP-3DGS", inert=NEVER_READ)
+    """Unused in LP-3DGS."""
+    simplification_iteration1: int = flag(15_000, source="LP-3DGS", inert=NEVER_READ)
+    """Unused in LP-3DGS."""
+    simplification_iteration2: int = flag(20_000, source="LP-3DGS", inert=NEVER_READ)
+    """Unused in LP-3DGS."""
+    preserving_ratio: float = flag(0.1, source="LP-3DGS", inert=NEVER_READ)
+    """Unused in LP-3DGS."""
+    rad_prune_threshold: float = flag(0.01, source="LP-3DGS", inert=NEVER_READ)
+    """Unused in LP-3DGS."""
+    rad_prune_iterations: tuple[int, ...] = flag((19_500,), source="LP-3DGS", inert=NEVER_READ)
+    """Unused in LP-3DGS."""
+    prune_finetune: bool = flag(False, refused=LATER_FINETUNE)
+    """Prunes and finetunes a trained model, as MaskGaussian's prune_finetune.py does."""
+    start_pointcloud: str = flag("", source="MaskGaussian", refused=LATER_FINETUNE)
+    """Trained ply to start from."""
+    densify_iteration: tuple[int, ...] = flag(
+        (-1,), source="MaskGaussian", inert="MaskGaussian accepts it, too, and never reads it"
+    )
+    """Unused in MaskGaussian's prune_finetune.py."""
 
 
 @dataclasses.dataclass(frozen=True)

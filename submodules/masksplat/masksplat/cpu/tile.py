@@ -19,7 +19,7 @@ from masksplat.cpu.simd import any_positive, broadcast, fma, load, prefetch, sel
 from masksplat.types import ALPHA_MAX, ALPHA_MIN, TILE, TRANSMITTANCE_MIN
 
 BLOCK_WIDTH, BLOCK_HEIGHT = 4, 2
-BLOCK_COLUMNS, BLOCK_ROWS = TILE // BLOCK_WIDTH, TILE // BLOCK_HEIGHT
+BLOCK_COLUMNS = TILE // BLOCK_WIDTH
 TILE_PIXELS = TILE * TILE
 PREFETCH_AHEAD = 8
 CHECK_EVERY = 16

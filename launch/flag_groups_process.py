@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flags of other pruning methods, checkpoints, several processes, timers, debugging and viewers.
+"""The flags of what happens around a training: checkpoints, several processes, timers, debugging, viewers.
 
 Nearly all of them come from a predecessor and either wait for their feature (refused by name when they would change the
 result) or have no effect in this program (accepted, said once). `launch/flag_groups.py` has the others.
@@ -11,51 +11,10 @@ import dataclasses
 
 from launch.flag import flag
 
-LATER_LP = "the importance scores and masks of LP-3DGS are not built in yet; leave the flag out"
 ALL_ROWS = "every Gaussian of a checkpoint is loaded once; leave the flag out"
-LATER_FINETUNE = "pruning and finetuning a trained model is not built in yet; train from photos with -s instead"
 ONE_PROCESS = "it concerns several processes, and this version trains in one"
-NEVER_READ = "LP-3DGS accepts it, too, and never reads it"
 NO_GPU_MEMORY = "this version draws on the CPU; host memory is in metrics.jsonl"
 NO_SOCKET = "there is no viewer socket in the training loop; open the saved ply in any 3DGS viewer"
-
-
-@dataclasses.dataclass(frozen=True)
-class PruneFlags:
-    """Other pruning methods: LP-3DGS, Compact-3DGS, percentages, pruning of trained models."""
-
-    use_importance_mask: bool = flag(False, source="LP-3DGS", refused=LATER_LP)
-    """Learned mask on the importance score (rad_splat, mini_splatting)."""
-    prune_iterations: tuple[int, ...] = flag((19_500,), source="LP-3DGS", unit="images", refused=LATER_LP)
-    """Start of LP-3DGS's mask window."""
-    train_mask_iters: int = flag(500, source="LP-3DGS", unit="images", refused=LATER_LP)
-    """Length of LP-3DGS's mask window."""
-    gumbel_temp: float = flag(0.5, source="LP-3DGS", refused=LATER_LP)
-    """Temperature of LP-3DGS's Gumbel sigmoid."""
-    prune_use_percent_iterations: tuple[int, ...] = flag((20_000,), source="LP-3DGS", unit="images", refused=LATER_LP)
-    """Iterations of percent pruning."""
-    prune_percent: float = flag(0.6, source="LP-3DGS", refused=LATER_LP)
-    """Share that percent pruning removes."""
-    random_prune_ratio: float = flag(0.1, source="LP-3DGS", inert=NEVER_READ)
-    """Unused in LP-3DGS."""
-    simplification_iteration1: int = flag(15_000, source="LP-3DGS", inert=NEVER_READ)
-    """Unused in LP-3DGS."""
-    simplification_iteration2: int = flag(20_000, source="LP-3DGS", inert=NEVER_READ)
-    """Unused in LP-3DGS."""
-    preserving_ratio: float = flag(0.1, source="LP-3DGS", inert=NEVER_READ)
-    """Unused in LP-3DGS."""
-    rad_prune_threshold: float = flag(0.01, source="LP-3DGS", inert=NEVER_READ)
-    """Unused in LP-3DGS."""
-    rad_prune_iterations: tuple[int, ...] = flag((19_500,), source="LP-3DGS", inert=NEVER_READ)
-    """Unused in LP-3DGS."""
-    prune_finetune: bool = flag(False, refused=LATER_FINETUNE)
-    """Prunes and finetunes a trained model, as MaskGaussian's prune_finetune.py does."""
-    start_pointcloud: str = flag("", source="MaskGaussian", refused=LATER_FINETUNE)
-    """Trained ply to start from."""
-    densify_iteration: tuple[int, ...] = flag(
-        (-1,), source="MaskGaussian", inert="MaskGaussian accepts it, too, and never reads it"
-    )
-    """Unused in MaskGaussian's prune_finetune.py."""
 
 
 @dataclasses.dataclass(frozen=True)
