@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two sides of the kernel benchmark, stage by stage: masksplat's cuda body, and gsplat with torch.
+
+Each side is a dictionary stage -> function without arguments; a stage's inputs are made before it is timed. The stages:
+projection (activations, EWA, harmonics, bounds), forward (tile lists and compositing), loss (L1 + SSIM with gradient),
+backward (of compositing), optimizer path (backward of projection, and Adam on all parameters), step (the first four
+and the backward of projection, without the optimizer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+from bench.kernel_scenes import KernelScene
+from masksplat.ops import Body
+from masksplat.types import TILE, AdamStep, Optimizer, ProjectionSettings, Statistics
+
+LAMBDA_DSSIM = 0.2
+SETTINGS = ProjectionSettings(sh_degree=3)
+BETAS, EPS = (0.9, 0.999), 1e-15
+RATE = 1e-9
+"""Learning rate: small, so that the scene stays the same while it is timed."""
+
+Stages = Mapping[str, Callable[[], Any]]
+
+
+def masksplat_stages(body: Body, scene: KernelScene, masks: Tensor | None = None) -> Stages:
+    """The ops of masksplat on the scene. Args: masks: (N,) what alphas are multiplied with."""
+    gaussians, views, view_size = scene.gaussians, scene.views, scene.size
+    ids = torch.arange(len(gaussians), device=scene.background.device)
+    parameters = (gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, gaussians.sh0, gaussians.shN)
+    moments = [tuple(torch.zeros_like(values) for values in parameters) for _ in range(2)]
+    optimizer = Optimizer(moments[0], moments[1], tuple(AdamStep(RATE, *BETAS, EPS, 1) for _ in parameters))
+    statistics = Statistics(torch.zeros_like(gaussians.opacities), torch.zeros_like(gaussians.opacities))
+
+    def project() -> Any:
+        return body.project(gaussians, views, SETTINGS, masks=masks, ids=ids)
+
+    splats = project()
+    frame = body.rasterize(splats, 0, view_size, scene.background)
+    loss = body.photometric(frame.rgb, scene.target, LAMBDA_DSSIM)
+    d_rows = torch.zeros_like(splats.rows)
+    body.rasterize_backward(splats, frame, loss.d_rgb, d_rows)
+
+    def step() -> Any:
+        drawn = project()
+        image = body.rasterize(drawn, 0, view_size, scene.background)
+        gradient = body.photometric(image.rgb, scene.target, LAMBDA_DSSIM).d_rgb
+        to_rows = torch.zeros_like(drawn.rows)
+        body.rasterize_backward(drawn, image, gradient, to_rows)
+        return body.project_backward(gaussians, views, SETTINGS, drawn, to_rows)
+
+    return {
+        "projection": project,
+        "forward": lambda: body.rasterize(splats, 0, view_size, scene.background),
+        "loss": lambda: body.photometric(frame.rgb, scene.target, LAMBDA_DSSIM),
+        "backward": lambda: body.rasterize_backward(splats, frame, loss.d_rgb, torch.zeros_like(d_rows)),
+        "optimizer path": lambda: body.project_backward_update(
+            gaussians, views, SETTINGS, splats, d_rows, optimizer=optimizer, statistics=statistics
+        ),
+        "step": step,
+    }
+
+
+def gsplat_stages(gsplat: Any, scene: KernelScene) -> Stages:
+    """The functions of gsplat as its own trainer calls them, torch's fused Adam, and SSIM by separable convolutions."""
+    gaussians, (width, height) = scene.gaussians, scene.size
+    leaves = [
+        values.clone().requires_grad_()
+        for values in (gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities)
+    ]
+    coefficients = torch.cat([gaussians.sh0[:, None], gaussians.shN], dim=1).requires_grad_()
+    everything = [*leaves, coefficients]
+    adam = torch.optim.Adam([{"params": [values]} for values in everything], lr=RATE, eps=EPS, fused=True)
+    viewmats, intrinsics = scene.views.viewmats, scene.views.intrinsics
+    columns, rows = -(-width // TILE), -(-height // TILE)
+
+    def project() -> tuple[Tensor, ...]:
+        means, quats, scales, opacities = leaves
+        alphas = torch.sigmoid(opacities)
+        radii, means2d, depths, conics, _ = gsplat.fully_fused_projection(
+            means, None, quats, scales.exp(), viewmats, intrinsics, width, height, near_plane=0.2,
+            opacities=alphas.detach(),
+        )  # fmt: skip
+        centre = torch.linalg.inv(viewmats)[:, :3, 3]
+        visible = (radii > 0).all(dim=-1)
+        colours = gsplat.spherical_harmonics(3, (means - centre)[None], coefficients[None], masks=visible)
+        return radii, depths, means2d, conics, (colours + 0.5).clamp(min=0.0), alphas[None]
+
+    def compose(radii: Tensor, depths: Tensor, *inputs: Tensor) -> Tensor:
+        means2d, conics, colours, alphas = inputs
+        _, keys, indices = gsplat.isect_tiles(means2d, radii, depths, TILE, columns, rows)
+        offsets = gsplat.isect_offset_encode(keys, 1, columns, rows)
+        image, _ = gsplat.rasterize_to_pixels(
+            means2d, conics, colours, alphas, width, height, TILE, offsets, indices,
+            backgrounds=scene.background[None],
+        )  # fmt: skip
+        return image
+
+    projected = project()
+    inputs = [values.detach().requires_grad_() for values in projected[2:]]
+    drawn = compose(projected[0], projected[1], *inputs)
+    leaf_image = drawn.detach().requires_grad_()
+    target = scene.target.float() / 255.0
+    (d_image,) = torch.autograd.grad(torch_loss(leaf_image[0], target), leaf_image)
+    d_inputs = torch.autograd.grad(drawn, inputs, d_image, retain_graph=True)
+
+    def loss() -> Any:
+        return torch.autograd.grad(torch_loss(leaf_image[0], target), leaf_image)
+
+    def update() -> None:
+        grads = torch.autograd.grad(projected[2:], everything, d_inputs, retain_graph=True)
+        for values, gradient in zip(everything, grads, strict=True):
+            values.grad = gradient
+        adam.step()
+
+    def step() -> Any:
+        parts = project()
+        image = compose(*parts)
+        return torch.autograd.grad(torch_loss(image[0], target), everything)
+
+    with torch.no_grad():
+        frozen = [values.detach() for values in projected]
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return compose(*frozen)
+
+    return {
+        "projection": project,
+        "forward": forward,
+        "loss": loss,
+        "backward": lambda: torch.autograd.grad(drawn, inputs, d_image, retain_graph=True),
+        "optimizer path": update,
+        "step": step,
+    }
+
+
+def torch_loss(image: Tensor, target: Tensor) -> Tensor:
+    """(1 - lambda) L1 + lambda (1 - SSIM) of (h, w, 3) images in torch, all five blurs in one grouped convolution."""
+    x, y = image.permute(2, 0, 1), target.permute(2, 0, 1)
+    offsets = torch.arange(11, device=image.device, dtype=image.dtype) - 5
+    taps = torch.exp(-(offsets**2) / (2 * 1.5**2))
+    taps = (taps / taps.sum()).expand(15, 1, 1, 11)
+    stacked = torch.cat([x, y, x * x, y * y, x * y])[None]
+    blurred = conv2d(conv2d(stacked, taps, padding=(0, 5), groups=15), taps.transpose(2, 3), padding=(5, 0), groups=15)
+    mu_x, mu_y, xx, yy, xy = blurred[0].split(3)
+    c1, c2 = 0.01**2, 0.03**2
+    numerator = (2 * mu_x * mu_y + c1) * (2 * (xy - mu_x * mu_y) + c2)
+    denominator = (mu_x**2 + mu_y**2 + c1) * (xx - mu_x**2 + yy - mu_y**2 + c2)
+    return (1 - LAMBDA_DSSIM) * (x - y).abs().mean() + LAMBDA_DSSIM * (1 - (numerator / denominator).mean())
