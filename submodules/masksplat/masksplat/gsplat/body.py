@@ -8,6 +8,7 @@ masksplat's compositor for training and evaluation alike; a run without uses gsp
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -37,13 +38,11 @@ INSTALL_LINE = f"pip install gsplat=={GSPLAT_VERSION} (it compiles its kernels a
 def import_gsplat() -> Any:
     """The gsplat package, with its kernels. Raises: ImportError that says how to install it, or what is missing."""
     try:
-        import gsplat
-        from gsplat.cuda._wrapper import _make_lazy_cuda_func
-
-        _make_lazy_cuda_func("intersect_offset")  # builds or loads the kernels
+        package = import_module("gsplat")
+        import_module("gsplat.cuda._backend")  # builds or loads the kernels
     except ImportError as error:
         raise ImportError(f"--backend gsplat needs gsplat ({error}): {INSTALL_LINE}") from error
-    return gsplat
+    return package
 
 
 @dataclass(frozen=True)
