@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts kernels by name on torch's current stream.
+
+A kernel is called "file.function" and is an `extern "C" __global__` function of source/file.cu. The body is written
+against `Launcher`; tests give it one that runs the same sources on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from masksplat.cuda.compiler import (
+    CudaUnavailableError,
+    KernelCache,
+    architecture_name,
+    load_cuda_core,
+)
+
+Extent = int | tuple[int, ...]
+Argument = Tensor | np.generic | None
+
+FREE_SHARED_BYTES = 48 * 1024
+"""Dynamic shared memory of a block that needs no permission."""
+
+
+class Launcher(Protocol):
+    """Starts kernels that work on tensors of `device`."""
+
+    device: torch.device
+
+    def __call__(self, kernel: str, grid: Extent, block: Extent, *arguments: Argument, shared_bytes: int = 0) -> None:
+        """Queue a kernel on the current stream and return at once.
+
+        Args:
+            kernel: "file.function".
+            grid: blocks in x, or in (x, y, z). A grid without blocks starts nothing.
+            block: threads of a block, likewise.
+            arguments: contiguous tensors of `device` (their data pointer), None (a null pointer), and numpy scalars
+                (by value: np.int32 for int, np.uint32 for unsigned, np.int64 for long long, np.float32 for float).
+            shared_bytes: dynamic shared memory of a block.
+
+        Raises:
+            ValueError: for an argument of another kind, on another device, or not contiguous.
+        """
+
+
+class DeviceLauncher:
+    """Starts kernels on one NVIDIA GPU; compiles each file at its first use.
+
+    Host time is what this class is about: everything that can be looked up once is. Usable from any thread.
+    """
+
+    def __init__(self, device: torch.device | int | str = "cuda", *, cache: Path | None = None) -> None:
+        """Take a device such as "cuda:1" (default: the current one).
+
+        Args:
+            cache: folder of compiled kernels, by default ~/.cache/masksplat.
+
+        Raises:
+            CudaUnavailableError: when there is no such device, or cuda.core or NVRTC is missing.
+        """
+        self.device = _existing_device(device)
+        self._index = self.device.index
+        self._core = load_cuda_core()
+        self.architecture = architecture_name(torch.cuda.get_device_capability(self.device))
+        self.cache = KernelCache(cache)
+        self._modules: dict[str, Any] = {}
+        self._kernels: dict[str, Any] = {}
+        self._shared_limits: dict[str, int] = {}
+        self._streams: dict[int, Any] = {0: self._core.LEGACY_DEFAULT_STREAM}
+        self._ready_threads: set[int] = set()
+        self._launch = self._core.launch
+        self._config = self._core.LaunchConfig
+        self._stream_handle, self._current_device = _stream_functions()
+
+    def __call__(self, kernel: str, grid: Extent, block: Extent, *arguments: Argument, shared_bytes: int = 0) -> None:
+        """Queue a kernel on torch's current stream of the device; see `Launcher`."""
+        if grid == 0 or (grid.__class__ is tuple and 0 in grid):
+            return
+        loaded = self._kernels.get(kernel) or self.load(kernel)
+        if shared_bytes > FREE_SHARED_BYTES and shared_bytes > self._shared_limits.get(kernel, 0):
+            self._raise_shared_limit(kernel, shared_bytes)
+        values = [
+            argument if isinstance(argument, np.generic) else 0 if argument is None else self._pointer(kernel, argument)
+            for argument in arguments
+        ]
+        config = self._config(grid=grid, block=block, shmem_size=shared_bytes)
+        if self._current_device() != self._index or threading.get_ident() not in self._ready_threads:
+            self._launch_elsewhere(config, loaded, values)
+        else:
+            self._launch(self._stream(), config, loaded, *values)
+
+    def load(self, kernel: str) -> Any:
+        """Compile the kernel's file (or read it from the cache) and return the cuda.core kernel.
+
+        Raises:
+            ValueError: when there is no such kernel.
+        """
+        file, _, function = kernel.partition(".")
+        if file not in self._modules:
+            cubin = self.cache.load(file, self.architecture)
+            self._modules[file] = self._core.ObjectCode.from_cubin(cubin, name=file)
+        with torch.cuda.device(self.device):
+            self._kernels[kernel] = self._modules[file].get_kernel(function)
+        return self._kernels[kernel]
+
+    def _pointer(self, kernel: str, tensor: Tensor) -> int:
+        if tensor.get_device() != self._index or not tensor.is_contiguous():
+            raise ValueError(
+                f"{kernel}: an argument of shape {tuple(tensor.shape)} on {tensor.device} with strides "
+                f"{tensor.stride()}; kernels take contiguous tensors on {self.device}"
+            )
+        return tensor.data_ptr()
+
+    def _stream(self) -> Any:
+        handle = self._stream_handle(self._index)
+        stream = self._streams.get(handle)
+        if stream is None:
+            stream = self._streams[handle] = self._core.Stream.from_handle(handle)
+        return stream
+
+    def _launch_elsewhere(self, config: Any, kernel: Any, values: list[Any]) -> None:
+        """Launch from a thread that is new to CUDA, or while another device is the current one."""
+        with torch.cuda.device(self.device):
+            self._core.Device(self._index).set_current()
+            self._ready_threads.add(threading.get_ident())
+            self._launch(self._stream(), config, kernel, *values)
+
+    def _raise_shared_limit(self, kernel: str, shared_bytes: int) -> None:
+        driver = importlib.import_module("cuda.bindings.driver")
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        handle, device = self._kernels[kernel].handle, driver.CUdevice(self._index)
+        (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, handle, device)
+        if int(status) != 0:
+            raise CudaUnavailableError(
+                f"{kernel} asks for {shared_bytes} bytes of shared memory a block, which {self.device} "
+                f"({self.architecture}) does not give: {status}"
+            )
+        self._shared_limits[kernel] = shared_bytes
+
+
+def _existing_device(device: torch.device | int | str) -> torch.device:
+    """Return the device with its index. Raises: CudaUnavailableError."""
+    wanted = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if wanted.type != "cuda":
+        raise CudaUnavailableError(f"the cuda body needs a CUDA device and was given {wanted}; use the cpu body there")
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        why = "this torch is built without CUDA" if built is None else f"torch (CUDA {built}) finds no GPU or driver"
+        raise CudaUnavailableError(f"the cuda body has no device: {why}; `train.py --doctor` says more")
+    index = torch.cuda.current_device() if wanted.index is None else wanted.index
+    if index >= torch.cuda.device_count():
+        raise CudaUnavailableError(f"there is no {wanted}: this machine shows {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", index)
+
+
+def _stream_functions() -> tuple[Callable[[int], int], Callable[[], int]]:
+    """Return torch's functions for the raw stream of a device and the current device.
+
+    The raw ones that compiled code of torch itself calls take 0.1 us; where a build has none of them, the public ones.
+    """
+    stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    device = getattr(torch._C, "_cuda_getDevice", None)
+    return (
+        stream or (lambda index: torch.cuda.current_stream(index).cuda_stream),
+        device or torch.cuda.current_device,
+    )
