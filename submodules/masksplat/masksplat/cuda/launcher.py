@@ -58,11 +58,14 @@ class DeviceLauncher:
     Host time is what this class is about: everything that can be looked up once is. Usable from any thread.
     """
 
-    def __init__(self, device: torch.device | int | str = "cuda", *, cache: Path | None = None) -> None:
+    def __init__(
+        self, device: torch.device | int | str = "cuda", *, cache: Path | None = None, sources: Path = SOURCE_FOLDER
+    ) -> None:
         """Take a device such as "cuda:1" (default: the current one).
 
         Args:
             cache: folder of compiled kernels, by default ~/.cache/masksplat.
+            sources: folder of the `.cu` files.
 
         Raises:
             CudaUnavailableError: when there is no such device, or cuda.core or NVRTC is missing.
@@ -71,7 +74,7 @@ class DeviceLauncher:
         self._index = self.device.index
         self._core = load_cuda_core()
         self.architecture = architecture_name(torch.cuda.get_device_capability(self.device))
-        self.cache = KernelCache(cache)
+        self.cache = KernelCache(cache, sources=sources)
         self._modules: dict[str, Any] = {}
         self._kernels: dict[str, Any] = {}
         self._shared_limits: dict[str, int] = {}
