@@ -129,7 +129,7 @@ def _dynamic_shared(match: re.Match[str]) -> str:
 
 
 def _main_text(name: str, kernels: dict[str, Kernel]) -> str:
-    """The kernels inside an unnamed namespace, where shared arrays of templates are no duplicates, and their entries."""
+    """The kernels in an unnamed namespace, where shared arrays of templates are no duplicates, and their entries."""
     lines = ['#include "emulated_cuda.h"', "namespace {", f'#include "{name}.cu"', "}"]
     for kernel in kernels.values():
         values = ", ".join(
@@ -139,7 +139,8 @@ def _main_text(name: str, kernels: dict[str, Kernel]) -> str:
         lines += [
             f'extern "C" __attribute__((visibility("default"))) int emulate_{kernel.name}'
             "(emulator::Launch* launch, char* message, unsigned long size) {",
-            f"return emulator::run(launch, [](const emulator::Slot* slots) {{ {kernel.name}({values}); }}, message, size);",
+            f"const auto body = [](const emulator::Slot* slots) {{ {kernel.name}({values}); }};",
+            "return emulator::run(launch, body, message, size);",
             "}",
         ]
     return "\n".join(lines) + "\n"

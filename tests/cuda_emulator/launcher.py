@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`EmulatedLauncher`: masksplat's kernels on CPU tensors, with every argument checked against the kernel's signature."""
+"""`EmulatedLauncher`: masksplat's kernels on CPU tensors; every argument is checked against the kernel's signature."""
 
 from __future__ import annotations
 

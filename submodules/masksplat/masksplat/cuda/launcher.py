@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from masksplat.cuda.compiler import (
+    SOURCE_FOLDER,
     CudaUnavailableError,
     KernelCache,
     architecture_name,
