@@ -211,7 +211,7 @@ def test_whole_chain_equals_finite_differences(degree):
         splats = BODY.project(with_parameters(gaussians, tensors), views, settings, masks=masks)
         frame = BODY.rasterize(splats, 0, SIZE, BACKGROUND)
         terms = BODY.photometric(frame.rgb, target, 0.2)
-        return 0.8 * terms.l1 + 0.2 * (1 - terms.ssim), splats, frame, terms
+        return float(0.8 * terms.l1 + 0.2 * (1 - terms.ssim)), splats, frame, terms
 
     _, splats, frame, terms = loss(parameters_of(gaussians), masks)
     assert_far_from_thresholds(splats)

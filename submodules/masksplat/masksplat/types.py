@@ -126,10 +126,13 @@ class Frame:
 
 
 class PhotometricLoss(NamedTuple):
-    """Terms of (1 - lambda) * L1 + lambda * (1 - SSIM) over a region, each divided by the whole image's values."""
+    """Terms of (1 - lambda) * L1 + lambda * (1 - SSIM) over a region, each divided by the whole image's values.
 
-    l1: float
-    ssim: float
+    They stay on the device of the image: reading them is for whoever needs the numbers.
+    """
+
+    l1: Tensor  # () float64
+    ssim: Tensor  # () float64
     d_rgb: Tensor  # (h, w, 3) gradient of the weighted sum
 
 
