@@ -59,6 +59,7 @@ class Launch(ctypes.Structure):
         ("shared_bytes", ctypes.c_uint),
         ("is_reversed", ctypes.c_int),
         ("is_guarded", ctypes.c_int),
+        ("time_limit", ctypes.c_int),
         ("num_slots", ctypes.c_int),
         ("slots", ctypes.POINTER(Slot)),
         ("fault_address", ctypes.c_uint64),
@@ -76,15 +77,24 @@ class EmulatedLauncher:
 
     device = torch.device("cpu")
 
-    def __init__(self, folder: Path = SOURCE_FOLDER, *, is_reversed: bool = False, is_guarded: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path = SOURCE_FOLDER,
+        *,
+        is_reversed: bool = False,
+        is_guarded: bool = True,
+        time_limit: int = 120,
+    ) -> None:
         """Take the sources of `folder`.
 
         is_reversed: threads run from the last to the first; a kernel that lacks a barrier gives another result then.
         is_guarded: kernels see copies of the tensors that end where memory ends.
+        time_limit: seconds of processor time for one launch.
         """
         self.folder = folder
         self.is_reversed = is_reversed
         self.is_guarded = is_guarded
+        self.time_limit = time_limit
         self.num_switches = 0
         self._modules: dict[str, tuple[Path, ctypes.PyDLL, dict[str, Kernel]]] = {}
 
@@ -102,8 +112,16 @@ class EmulatedLauncher:
         slots = (Slot * max(1, len(arguments)))()
         for position, (parameter, argument) in enumerate(zip(found.parameters, arguments, strict=True)):
             slots[position] = _slot(f"{kernel}, argument {position} ({parameter.name})", parameter, argument)
-        launch = Launch(_extent(grid), _extent(block), shared_bytes, self.is_reversed, self.is_guarded, len(arguments))
-        launch.slots = slots
+        launch = Launch(
+            grid=_extent(grid),
+            block=_extent(block),
+            shared_bytes=shared_bytes,
+            is_reversed=self.is_reversed,
+            is_guarded=self.is_guarded,
+            time_limit=self.time_limit,
+            num_slots=len(arguments),
+            slots=slots,
+        )
         _check_extents(kernel, launch, found)
         if 0 in tuple(launch.grid):
             return

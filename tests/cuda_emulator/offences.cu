@@ -23,7 +23,7 @@ extern "C" __global__ void different_barriers(int* output) {
 
 extern "C" __global__ void caller_left_out(int* output) { output[threadIdx.x] = __ballot_sync(1u, 1); }
 
-extern "C" __global__ void writes_beyond(float* output, int size) { output[size + threadIdx.x] = 1.0f; }
+extern "C" __global__ void writes_beyond(float* output, int size) { output[size + int(threadIdx.x)] = 1.0f; }
 
 extern "C" __global__ void reads_before(const float* input, float* output) { output[0] = input[-2048]; }
 
@@ -74,4 +74,10 @@ extern "C" __global__ void unwritten_shared(float* output) {
     output[threadIdx.x] = kept[threadIdx.x];
     output[threadIdx.x + 32] = more[threadIdx.x];
     kept[threadIdx.x] = more[threadIdx.x] = 1.0f;
+}
+
+extern "C" __global__ void never_ends(const int* flag, int* output) {
+    while (*static_cast<const volatile int*>(flag) == 0) {
+    }
+    output[0] = 1;
 }

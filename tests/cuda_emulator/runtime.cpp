@@ -6,6 +6,7 @@
 #include <setjmp.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/time.h>
 #include <ucontext.h>
 #include <unistd.h>
 
@@ -433,11 +434,18 @@ void on_fault(int signal, siginfo_t* information, void* context) {
     siglongjmp(fault_return, 1);
 }
 
-constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP};
+constexpr int NUM_SIGNALS = 6;
+constexpr int SIGNALS[NUM_SIGNALS] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP, SIGVTALRM};
+
+void set_timer(int seconds) {
+    itimerval timer = {};
+    timer.it_value.tv_sec = seconds;
+    setitimer(ITIMER_VIRTUAL, &timer, nullptr);
+}
 
 class FaultHandlers {
 public:
-    FaultHandlers() {
+    explicit FaultHandlers(int time_limit) {
         alternate_.resize(64 * 1024);
         stack_t stack = {};
         stack.ss_sp = alternate_.data();
@@ -446,17 +454,19 @@ public:
         struct sigaction action = {};
         action.sa_sigaction = on_fault;
         action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-        for (int index = 0; index < 5; ++index) sigaction(SIGNALS[index], &action, &old_[index]);
+        for (int index = 0; index < NUM_SIGNALS; ++index) sigaction(SIGNALS[index], &action, &old_[index]);
+        set_timer(time_limit);
     }
     ~FaultHandlers() {
-        for (int index = 0; index < 5; ++index) sigaction(SIGNALS[index], &old_[index], nullptr);
+        set_timer(0);
+        for (int index = 0; index < NUM_SIGNALS; ++index) sigaction(SIGNALS[index], &old_[index], nullptr);
         sigaltstack(&old_stack_, nullptr);
     }
 
 private:
     std::vector<unsigned char> alternate_;
     stack_t old_stack_;
-    struct sigaction old_[5];
+    struct sigaction old_[NUM_SIGNALS];
 };
 
 std::string describe_fault(Launch* launch) {
@@ -467,6 +477,7 @@ std::string describe_fault(Launch* launch) {
         return "undefined behaviour (a misaligned pointer, an index beyond a shared or local array, a float that no "
                "integer holds, a shift or a sum that overflows)";
     if (fault_signal == SIGFPE) return "an integer division by zero";
+    if (fault_signal == SIGVTALRM) return "the kernel does not end: its time is over";
     launch->fault_address = fault_address;
     const std::uintptr_t base = reinterpret_cast<std::uintptr_t>(stacks);
     if (fault_address >= base && fault_address < base + stack_stride * MAX_THREADS)
@@ -569,7 +580,7 @@ int run(Launch* launch, void (*body)(const Slot*), char* message, std::size_t si
     prepare_fibers(block_size.x * block_size.y * block_size.z);
     prepare_shared(launch->shared_bytes);
     {
-        FaultHandlers handlers;
+        FaultHandlers handlers(launch->time_limit);
         GuardedMemory* memory = launch->is_guarded ? new GuardedMemory(*launch) : nullptr;
         if (sigsetjmp(fault_return, 1) == 0) {
             run_grid(launch);

@@ -44,7 +44,7 @@ enum SlotKind { SCALAR = 0, CONST_POINTER = 1, POINTER = 2 };
 struct Launch {
     unsigned grid[3], block[3];
     unsigned shared_bytes;
-    int is_reversed, is_guarded, num_slots;
+    int is_reversed, is_guarded, time_limit, num_slots;  // time_limit: seconds of processor time
     Slot* slots;
     // Filled when a kernel faults: address touched, and code address within this library.
     std::uint64_t fault_address, fault_code;

@@ -2,8 +2,8 @@
 // Constants of masksplat/types.py and the small helpers that every kernel shares.
 //
 // House rules of these files: every kernel is `extern "C" __global__`; no standard headers (NVRTC has none): the integer
-// types are int, unsigned, long long and unsigned long long; no float atomics; no spin on volatile memory. Inline PTX
-// stands between `#ifndef EMULATED` and a C++ twin, because tests compile the same text for the CPU.
+// types are int, unsigned, long long and unsigned long long; no float atomics; nobody waits in a loop but for blocks
+// that started before. Inline PTX stands in `#ifndef EMULATED` beside a C++ twin: tests compile this text for the CPU.
 #pragma once
 
 constexpr int TILE = 16;                       // edge of a tile in pixels
