@@ -29,6 +29,12 @@ OPTIONS = ("--std=c++17", "--generate-line-info")
 
 _CHECKSUM_BYTES = hashlib.sha256().digest_size
 _ELF_MAGIC = b"\x7fELF"
+_RESOURCE_PATTERNS = (
+    r"Used (\d+) registers",
+    r"(\d+) bytes spill stores",
+    r"(\d+) bytes stack frame",
+    r"(\d+) bytes smem",
+)
 
 
 class CudaUnavailableError(RuntimeError):
@@ -198,6 +204,30 @@ def _check_architecture(architecture: str) -> None:
             f"NVRTC {nvrtc_version()} cannot compile for {architecture} (it knows {', '.join(map(str, known))}); "
             f"install a {newest} one that fits the driver: {install_command()}"
         )
+
+
+def kernel_names(cubin: bytes) -> list[str]:
+    """Return the kernels in machine code, in order: each has a section of its own."""
+    return sorted({match.decode() for match in re.findall(rb"\0\.nv\.info\.(\w+)(?=\0)", cubin)})
+
+
+class KernelResources(NamedTuple):
+    """What one kernel takes on one architecture, as ptxas says: bytes of a thread, and shared bytes of a block."""
+
+    kernel: str
+    registers: int
+    spilled_bytes: int
+    stack_bytes: int
+    shared_bytes: int
+
+
+def read_resources(log: str) -> list[KernelResources]:
+    """Return the resources of every kernel from the log of a compilation with ptxas's option -v."""
+    resources = []
+    for part in log.split("Compiling entry function '")[1:]:
+        found = [re.search(pattern, part) for pattern in _RESOURCE_PATTERNS]
+        resources.append(KernelResources(part.split("'")[0], *(int(match[1]) if match else 0 for match in found)))
+    return resources
 
 
 class KernelCache:

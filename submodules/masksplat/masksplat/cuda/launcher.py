@@ -22,6 +22,7 @@ from masksplat.cuda.compiler import (
     CudaUnavailableError,
     KernelCache,
     architecture_name,
+    kernel_names,
     load_cuda_core,
 )
 
@@ -78,6 +79,7 @@ class DeviceLauncher:
         self.cache = KernelCache(cache, sources=sources)
         self._modules: dict[str, Any] = {}
         self._kernels: dict[str, Any] = {}
+        self._num_arguments: dict[str, int] = {}
         self._shared_limits: dict[str, int] = {}
         self._streams: dict[int, Any] = {0: self._core.LEGACY_DEFAULT_STREAM}
         self._ready_threads: set[int] = set()
@@ -92,15 +94,27 @@ class DeviceLauncher:
         loaded = self._kernels.get(kernel) or self.load(kernel)
         if shared_bytes > FREE_SHARED_BYTES and shared_bytes > self._shared_limits.get(kernel, 0):
             self._raise_shared_limit(kernel, shared_bytes)
-        values = [
-            argument if isinstance(argument, np.generic) else 0 if argument is None else self._pointer(kernel, argument)
-            for argument in arguments
-        ]
+        index = self._index
+        values: list[int | np.generic] = []
+        for argument in arguments:  # 0.3 us a tensor
+            if argument is None:
+                values.append(0)
+            elif isinstance(argument, Tensor):
+                if argument.get_device() != index or not argument.is_contiguous():
+                    raise self._refusal(kernel, argument)
+                values.append(argument.data_ptr())
+            elif isinstance(argument, np.generic):
+                values.append(argument)
+            else:
+                raise ValueError(f"{kernel}: {argument!r} is neither a tensor nor None nor a numpy scalar")
+        if len(values) != self._num_arguments[kernel]:
+            raise ValueError(f"{kernel} takes {self._num_arguments[kernel]} arguments and was given {len(values)}")
         config = self._config(grid=grid, block=block, shmem_size=shared_bytes)
-        if self._current_device() != self._index or threading.get_ident() not in self._ready_threads:
-            self._launch_elsewhere(config, loaded, values)
+        if self._current_device() == index and threading.get_ident() in self._ready_threads:
+            handle = self._stream_handle(index)
+            self._launch(self._streams.get(handle) or self._borrow_stream(handle), config, loaded, *values)
         else:
-            self._launch(self._stream(), config, loaded, *values)
+            self._launch_elsewhere(config, loaded, values)
 
     def load(self, kernel: str) -> Any:
         """Compile the kernel's file (or read it from the cache) and return the cuda.core kernel.
@@ -112,23 +126,23 @@ class DeviceLauncher:
         if file not in self._modules:
             cubin = self.cache.load(file, self.architecture)
             self._modules[file] = self._core.ObjectCode.from_cubin(cubin, name=file)
+        if function not in kernel_names(self._modules[file].code):
+            raise ValueError(f'{file}.cu has no extern "C" __global__ {function}')
         with torch.cuda.device(self.device):
-            self._kernels[kernel] = self._modules[file].get_kernel(function)
-        return self._kernels[kernel]
+            self._core.Device(self._index).set_current()
+            loaded = self._modules[file].get_kernel(function)
+            self._num_arguments[kernel] = loaded.num_arguments
+        self._kernels[kernel] = loaded
+        return loaded
 
-    def _pointer(self, kernel: str, tensor: Tensor) -> int:
-        if tensor.get_device() != self._index or not tensor.is_contiguous():
-            raise ValueError(
-                f"{kernel}: an argument of shape {tuple(tensor.shape)} on {tensor.device} with strides "
-                f"{tensor.stride()}; kernels take contiguous tensors on {self.device}"
-            )
-        return tensor.data_ptr()
+    def _refusal(self, kernel: str, tensor: Tensor) -> ValueError:
+        return ValueError(
+            f"{kernel}: an argument of shape {tuple(tensor.shape)} on {tensor.device} with strides {tensor.stride()}; "
+            f"kernels take contiguous tensors on {self.device}"
+        )
 
-    def _stream(self) -> Any:
-        handle = self._stream_handle(self._index)
-        stream = self._streams.get(handle)
-        if stream is None:
-            stream = self._streams[handle] = self._core.Stream.from_handle(handle)
+    def _borrow_stream(self, handle: int) -> Any:
+        stream = self._streams[handle] = self._core.Stream.from_handle(handle)
         return stream
 
     def _launch_elsewhere(self, config: Any, kernel: Any, values: list[Any]) -> None:
@@ -136,7 +150,8 @@ class DeviceLauncher:
         with torch.cuda.device(self.device):
             self._core.Device(self._index).set_current()
             self._ready_threads.add(threading.get_ident())
-            self._launch(self._stream(), config, kernel, *values)
+            handle = self._stream_handle(self._index)
+            self._launch(self._streams.get(handle) or self._borrow_stream(handle), config, kernel, *values)
 
     def _raise_shared_limit(self, kernel: str, shared_bytes: int) -> None:
         driver = importlib.import_module("cuda.bindings.driver")
