@@ -25,14 +25,19 @@ from strategies.schedule import Window
 
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """What a strategy puts between the table and the renderer for one step.
+    """What a strategy puts between the table and the renderer for one step: a mask, or factors, not both.
 
     mask: (N,) in {0, 1}, what the renderer multiplies each alpha with; None: every Gaussian is drawn.
-    keep_gradient: (N,) derivative of the mask by its logit, for the strategy's own backward.
+    opacity_factor, scale_factor: (N,) in [0, 1], what multiplies opacities and scales after their activation; with
+    both, they are the same values, and the step returns the sum of the gradients by the two.
+    keep_gradient: (N,) derivative of the mask or of the factors by the learned number behind it, for the strategy's
+    own backward.
     """
 
-    mask: Tensor | None
-    keep_gradient: Tensor | None
+    mask: Tensor | None = None
+    keep_gradient: Tensor | None = None
+    opacity_factor: Tensor | None = None
+    scale_factor: Tensor | None = None
 
 
 class RankReducer(Protocol):
@@ -64,12 +69,13 @@ class Strategy(Protocol):
         """The gate of this step, or None when everything is drawn as it is."""
 
     def after_backward(
-        self, table: GaussianTable, window: Window, gate: Gate | None, d_mask: Tensor | None, hyper: OptimizerScaling
+        self, table: GaussianTable, window: Window, gate: Gate | None, d_gate: Tensor | None, hyper: OptimizerScaling
     ) -> dict[str, float]:
         """Update what the strategy itself learns; return numbers for the log.
 
         Call it while `table.num_updates` still counts the finished updates, that is before it is increased.
-        d_mask: (N,) gradient of the step's loss (views weighted by `hyper.view_weight`) by the gate's mask.
+        d_gate: (N,) gradient of the step's loss (views weighted by `hyper.view_weight`) by the gate's mask, or the sum
+        of those by its factors.
         """
 
     def after_step(self, table: GaussianTable, window: Window, seed: int) -> Iterator[TableEdit]:
@@ -93,12 +99,12 @@ class CombinedStrategy:
         return gates[0] if gates else None
 
     def after_backward(
-        self, table: GaussianTable, window: Window, gate: Gate | None, d_mask: Tensor | None, hyper: OptimizerScaling
+        self, table: GaussianTable, window: Window, gate: Gate | None, d_gate: Tensor | None, hyper: OptimizerScaling
     ) -> dict[str, float]:
         """Every strategy's own update; the numbers of all."""
         numbers: dict[str, float] = {}
         for strategy in self.strategies:
-            numbers.update(strategy.after_backward(table, window, gate, d_mask, hyper))
+            numbers.update(strategy.after_backward(table, window, gate, d_gate, hyper))
         return numbers
 
     def after_step(self, table: GaussianTable, window: Window, seed: int) -> Iterator[TableEdit]:
@@ -129,7 +135,7 @@ def spare_best(remove: Tensor, score: Tensor, ids: Tensor, ranks: RankReducer) -
     best_id = -ranks.max(torch.cat([-ids[score == best], no_id]).max())  # all ranks
     warnings.warn(
         f"pruning would remove all {int(counts[1])} Gaussians; the best one (id {int(best_id)}) is kept. "
-        "Lower --lambda_mask or --min_opacity, or check the training images.",
+        "Lower --lambda_mask, --prune_percent or --min_opacity, or check the training images.",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -91,7 +91,7 @@ class DensityControl:
         return None
 
     def after_backward(
-        self, table: GaussianTable, window: Window, gate: Gate | None, d_mask: Tensor | None, hyper: OptimizerScaling
+        self, table: GaussianTable, window: Window, gate: Gate | None, d_gate: Tensor | None, hyper: OptimizerScaling
     ) -> dict[str, float]:
         """Nothing: the statistics are gathered by the step itself."""
         return {}

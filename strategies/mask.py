@@ -77,22 +77,28 @@ class MaskPruning:
         return Gate(mask=drawn.mask, keep_gradient=drawn.keep_gradient)
 
     def after_backward(
-        self, table: GaussianTable, window: Window, gate: Gate | None, d_mask: Tensor | None, hyper: OptimizerScaling
+        self, table: GaussianTable, window: Window, gate: Gate | None, d_gate: Tensor | None, hyper: OptimizerScaling
     ) -> dict[str, float]:
         """One Adam update of the logits, with the images' gradient and that of lambda * mean(m)^2.
 
         Returns: mask_loss, the weighted squared mean; mask_mean, the fraction of all Gaussians that was drawn.
         """
+        weight = self.config.lambda_mask * hyper.step_weight if self._loss_window.is_active(window) else 0.0
+        return self.learn(table, gate, d_gate, hyper, weight)
+
+    def learn(
+        self, table: GaussianTable, gate: Gate | None, d_gate: Tensor | None, hyper: OptimizerScaling, weight: float
+    ) -> dict[str, float]:
+        """`after_backward` with any `weight` of the squared mean, that of the batch included."""
         if gate is None or gate.mask is None or gate.keep_gradient is None:
             raise ValueError("the masks are updated with the gate that the step was drawn with; got none")
         num_drawn, num_all = self._totals(gate.mask)
         mean = num_drawn / max(num_all, 1)
-        weight = self.config.lambda_mask * hyper.step_weight if self._loss_window.is_active(window) else 0.0
         mask_update(
             table.params["mask_logits"],
             table.exp_avg["mask_logits"],
             table.exp_avg_sq["mask_logits"],
-            d_mask=d_mask if d_mask is not None else torch.zeros_like(gate.mask),
+            d_mask=d_gate if d_gate is not None else torch.zeros_like(gate.mask),
             keep_gradient=gate.keep_gradient,
             d_all=weight * 2 * mean / max(num_all, 1),
             adam=self._adam_step(table, hyper),

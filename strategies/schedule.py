@@ -26,6 +26,14 @@ class Window:
         """The iteration of the last image."""
         return self.first + self.size - 1
 
+    def steps_since(self, iteration: int) -> int:
+        """How many steps of this size have begun after `iteration` when this one begins: 0 for the first of them."""
+        return (self.first - iteration - 1) // self.size
+
+    def contains(self, iteration: int) -> bool:
+        """Whether one of the images is that of `iteration`."""
+        return self.first <= iteration <= self.last
+
 
 @dataclass(frozen=True)
 class Schedule:

@@ -29,8 +29,8 @@ from masksplat.reference.compositing import (
     tiles_to_image,
 )
 from masksplat.reference.projection import pinhole, project, splat_rows, take
+from masksplat.statistics import add_statistics
 from masksplat.types import (
-    SLOT_UNSEEN,
     AdamStep,
     Frame,
     GaussianGradients,
@@ -108,7 +108,7 @@ class ReferenceBody:
     ) -> Tensor:
         """`project_backward`, Adam and the densify statistics, in place; returns the scaled mask gradient (N,)."""
         *gradients, d_masks = self.project_backward(gaussians, views, settings, splats, d_rows)
-        _add_statistics(statistics, views, splats, d_rows)
+        add_statistics(statistics, views, splats, d_rows)
         table = (gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, gaussians.sh0, gaussians.shN)
         for param, gradient, *moments, step in zip(
             table, gradients, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.steps, strict=True
@@ -204,17 +204,6 @@ class ReferenceBody:
                 largest.scatter_reduce_(0, chosen.flatten(), weights.amax(dim=1).flatten(), "amax")
                 total.index_add_(0, chosen.flatten(), weights.sum(dim=1).flatten())
         return largest[:-1], total[:-1]
-
-
-@torch.no_grad()
-def _add_statistics(statistics: Statistics, views: Views, splats: Splats, d_rows: Tensor) -> None:
-    """3DGS's densify statistics: norm of the mean's gradient in NDC units, and the views that saw the Gaussian."""
-    for view, (width, height) in enumerate(views.sizes):
-        part = slice(*splats.view_range(view))
-        in_ndc = d_rows[part, :2] * d_rows.new_tensor([0.5 * width, 0.5 * height])
-        norms = torch.linalg.vector_norm(in_ndc, dim=1).to(statistics.grad_norm_sum.dtype)
-        statistics.grad_norm_sum.index_add_(0, splats.gaussians[part].long(), norms)
-        statistics.view_count.add_((splats.slots[view] != SLOT_UNSEEN).to(statistics.view_count.dtype))
 
 
 def _batch_gradient(rows: Tensor, batch: TileBatch, region: Region, background: Tensor, d_pixels: Tensor) -> Tensor:
