@@ -3,7 +3,8 @@
 
 The keep probability is p = sigmoid(logit). With u uniform in (0, 1), the two-class Gumbel softmax at temperature 1 is
 soft = sigmoid(logit + log(u / (1 - u))), and its hard sample is 1 where soft > 1/2, which has probability p.
-Both functions have a numba body for CPU tensors and a torch body for any device; they know nothing about rendering.
+Both functions have a numba body for CPU tensors, kernels for CUDA ones, and a torch body for any device; they know
+nothing about rendering.
 
 Letters: N Gaussians.
 """
@@ -26,10 +27,14 @@ _LOWEST_LOGIT = {torch.float32: -60.0, torch.float64: -600.0}
 
 
 class MaskSample(NamedTuple):
-    """mask: (N,) exactly 0 or 1; keep_gradient: (N,) soft * (1 - soft), the straight-through derivative by logits."""
+    """mask: (N,) exactly 0 or 1; keep_gradient: (N,) soft * (1 - soft), the straight-through derivative by logits.
+
+    num_drawn: () int64 on the same device, how many are 1.
+    """
 
     mask: Tensor
     keep_gradient: Tensor
+    num_drawn: Tensor
 
 
 def mask_sample(logits: Tensor, ids: Tensor, seed: int, step: int) -> MaskSample:
@@ -41,28 +46,33 @@ def mask_sample(logits: Tensor, ids: Tensor, seed: int, step: int) -> MaskSample
     """
     if logits.dtype not in _LOWEST_LOGIT or logits.shape != ids.shape:
         raise ValueError(f"mask logits must be float32 or float64 of shape {tuple(ids.shape)}, got {logits.dtype}")
-    if logits.device.type != "cpu":
-        return mask_sample_torch(logits, ids, seed, step)
-    words(seed, step, ids[:0], MASK_SAMPLE)  # refuses what is out of range
+    words(seed, step, torch.empty(0, dtype=ids.dtype), MASK_SAMPLE)  # refuses what is out of range
     source = logits.detach().contiguous()
-    sample = MaskSample(torch.empty_like(source), torch.empty_like(source))
+    if _has_kernels(source):
+        from masksplat.cuda import devices, mask
+
+        return MaskSample(*mask.sample(devices.launcher_of(source.device), source, ids.contiguous(), seed, step))
+    if source.device.type != "cpu":
+        return mask_sample_torch(source, ids, seed, step)
+    drawn, keep_gradient = torch.empty_like(source), torch.empty_like(source)
     dtype = source.numpy().dtype.type
     sample_kernel(
         source.numpy(),
         ids.contiguous().numpy().view(np.uint64),
         tuple(np.uint64(word) for word in (step, MASK_SAMPLE, seed & 0xFFFFFFFF, seed >> 32)),
         tuple(dtype(number) for number in (0.5, 1.0, 2.0**23, _LOWEST_LOGIT[logits.dtype], 0.0)),
-        sample.mask.numpy(),
-        sample.keep_gradient.numpy(),
+        drawn.numpy(),
+        keep_gradient.numpy(),
     )
-    return sample
+    return MaskSample(drawn, keep_gradient, torch.count_nonzero(drawn))
 
 
 def mask_sample_torch(logits: Tensor, ids: Tensor, seed: int, step: int) -> MaskSample:
     """`mask_sample` in torch operations, for any device and as the oracle of the kernel."""
     drawn = uniform(seed, step, ids, MASK_SAMPLE, logits.dtype)
     against = torch.exp(-logits.detach().clamp(min=_LOWEST_LOGIT[logits.dtype])) * ((1 - drawn) / drawn)
-    return MaskSample((against < 1).to(logits.dtype), against / (1 + against) ** 2)
+    is_drawn = against < 1
+    return MaskSample(is_drawn.to(logits.dtype), against / (1 + against) ** 2, torch.count_nonzero(is_drawn))
 
 
 def mask_update(
@@ -72,14 +82,26 @@ def mask_update(
     *,
     d_mask: Tensor,
     keep_gradient: Tensor,
-    d_all: float,
+    d_all: float | Tensor,
     adam: AdamStep,
+    status: Tensor | None = None,
 ) -> None:
     """One Adam update (torch.optim.Adam without weight decay) of the logits and their moments, in place.
 
     Args: logits, exp_avg, exp_avg_sq: (N,) contiguous; d_mask: (N,) gradient of the loss by the hard sample;
-    keep_gradient: (N,) of the same sample; d_all: a gradient that every sample gets on top (the regulariser's).
+    keep_gradient: (N,) of the same sample; d_all: a gradient that every sample gets on top (the regulariser's), a
+    number or () on the same device; status: the cuda body's status words, nothing is updated once they tell of an
+    overflow.
     """
+    if _has_kernels(logits):
+        from masksplat.cuda import devices, mask
+
+        launcher, given = devices.launcher_of(logits.device), d_mask.to(logits).contiguous()
+        mask.update(
+            launcher, logits, exp_avg, exp_avg_sq,
+            d_mask=given, keep_gradient=keep_gradient.contiguous(), d_all=d_all, adam=adam, status=status,
+        )  # fmt: skip
+        return
     if logits.device.type != "cpu":
         mask_update_torch(
             logits, exp_avg, exp_avg_sq, d_mask=d_mask, keep_gradient=keep_gradient, d_all=d_all, adam=adam
@@ -94,7 +116,7 @@ def mask_update(
         keep_gradient.contiguous().numpy(),
         exp_avg.numpy(),
         exp_avg_sq.numpy(),
-        dtype.type(d_all),
+        dtype.type(float(d_all)),
         np.array(numbers, dtype),
     )
 
@@ -106,7 +128,7 @@ def mask_update_torch(
     *,
     d_mask: Tensor,
     keep_gradient: Tensor,
-    d_all: float,
+    d_all: float | Tensor,
     adam: AdamStep,
 ) -> None:
     """`mask_update` in torch operations, for any device and as the oracle of the kernel."""
@@ -115,6 +137,10 @@ def mask_update_torch(
     exp_avg_sq.mul_(adam.beta2).addcmul_(gradient, gradient, value=1 - adam.beta2)
     step_size, correction = _bias_corrected(adam)
     logits.addcdiv_(exp_avg, exp_avg_sq.sqrt().mul_(correction).add_(adam.eps), value=-step_size)
+
+
+def _has_kernels(logits: Tensor) -> bool:
+    return logits.device.type == "cuda" and logits.dtype == torch.float32
 
 
 def _bias_corrected(adam: AdamStep) -> tuple[float, float]:

@@ -94,7 +94,11 @@ class ProjectionSettings:
 
 @dataclass
 class Splats:
-    """Packed projected Gaussians of B views: view b owns the rows view_offsets[b] to view_offsets[b + 1]."""
+    """Packed projected Gaussians of B views: view b owns the rows view_offsets[b] to view_offsets[b + 1].
+
+    A body that does not know how many they are without asking the device leaves rows at the end of each view's range
+    unused and says so in `counts`; what lies there is undefined. `compact` removes them.
+    """
 
     rows: Tensor  # (M, 10) see ROW_COLUMNS
     depths: Tensor  # (M,) camera z
@@ -104,6 +108,7 @@ class Splats:
     view_offsets: Tensor  # (B + 1,) int64, on the host
     slots: Tensor  # (B, N) int32 packed row, or SLOT_UNSEEN, or SLOT_NO_PIXEL
     state: Any = None  # private to the body
+    counts: Tensor | None = None  # (B,) int32 on the device: rows in use at the start of each view's range; None: all
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -111,6 +116,31 @@ class Splats:
     def view_range(self, view: int) -> tuple[int, int]:
         """First and one past the last packed row of `view`."""
         return int(self.view_offsets[view]), int(self.view_offsets[view + 1])
+
+
+def compact(splats: Splats) -> Splats:
+    """The same splats without unused rows: exact `view_offsets`, `counts` None; `splats` itself if it has none."""
+    if splats.counts is None:
+        return splats
+    counts = splats.counts.to(device="cpu", dtype=torch.int64)  # host sync: counts
+    starts = splats.view_offsets[:-1]
+    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    ranges = list(zip(starts.tolist(), counts.tolist(), strict=True))
+
+    def used(column: Tensor) -> Tensor:
+        return torch.cat([column[:0], *(column[start : start + count] for start, count in ranges)])
+
+    shifts = (offsets[:-1] - starts).to(splats.slots)[:, None]
+    return Splats(
+        rows=used(splats.rows),
+        depths=used(splats.depths),
+        ids=used(splats.ids),
+        gaussians=used(splats.gaussians),
+        boxes=used(splats.boxes),
+        view_offsets=offsets,
+        slots=torch.where(splats.slots >= 0, splats.slots + shifts, splats.slots),
+        state=splats.state,
+    )
 
 
 @dataclass

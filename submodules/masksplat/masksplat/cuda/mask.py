@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The probabilistic mask on the GPU: launches of `mask.cu`. The contract is that of `masksplat.masks`.
+
+Letters: N Gaussians.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from masksplat.cuda.launcher import Launcher
+from masksplat.cuda.projection import adam_factors
+from masksplat.random import MASK_SAMPLE
+from masksplat.types import AdamStep
+
+BLOCK = 256
+"""Threads of a block, one Gaussian each."""
+
+WORD = 0xFFFFFFFF
+
+
+def sample(launcher: Launcher, logits: Tensor, ids: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the hard sample (N,), the derivative of the soft one (N,) and the number of ones, () int64.
+
+    Args:
+        logits: (N,) float32, contiguous; ids: (N,) int64; seed: 64 bits; step: 32 bits.
+    """
+    mask, keep_gradient = torch.empty_like(logits), torch.empty_like(logits)
+    num_drawn = torch.zeros((), dtype=torch.int64, device=logits.device)
+    launcher(
+        "mask.sample", -(-len(logits) // BLOCK), BLOCK, logits, ids, np.int32(len(logits)), np.uint32(step),
+        np.uint32(MASK_SAMPLE), np.uint32(seed & WORD), np.uint32(seed >> 32), mask, keep_gradient, num_drawn,
+    )  # fmt: skip
+    return mask, keep_gradient, num_drawn
+
+
+def update(
+    launcher: Launcher,
+    logits: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    d_mask: Tensor,
+    keep_gradient: Tensor,
+    d_all: float | Tensor,
+    adam: AdamStep,
+    status: Tensor | None = None,
+) -> None:
+    """One Adam update in place, unless an overflow is noted in `status`; arguments as `masksplat.masks.mask_update`."""
+    on_device = isinstance(d_all, Tensor)
+    launcher(
+        "mask.update", -(-len(logits) // BLOCK), BLOCK, logits, d_mask, keep_gradient, exp_avg, exp_avg_sq,
+        np.int32(len(logits)), np.float32(0.0 if on_device else d_all),
+        d_all.to(torch.float32) if isinstance(d_all, Tensor) else None,
+        *(np.float32(value) for value in adam_factors(adam)), status,
+    )  # fmt: skip

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+// Adam, dense as torch.optim.Adam: rows without a gradient decay and move, too (Kingma and Ba, 2015).
+#pragma once
+
+#include "common.cuh"
+
+// What one attribute's update needs, as masksplat/cuda/projection.py packs it.
+struct AdamFactors {
+    float beta1, beta2;
+    float rate;   // learning rate / (1 - beta1^t)
+    float root;   // 1 / sqrt(1 - beta2^t)
+    float eps;
+    float scale;  // of the gradient
+};
+
+constexpr int ADAM_FACTORS = 6;
+
+__device__ __forceinline__ void adam_value(float& param, float& first, float& second, float gradient,
+                                           const AdamFactors& f) {
+    const float g = gradient * f.scale;
+    first = f.beta1 * first + (1.0f - f.beta1) * g;
+    second = f.beta2 * second + (1.0f - f.beta2) * g * g;
+    param -= f.rate * first / (sqrtf(second) * f.root + f.eps);
+}
+
+__device__ __forceinline__ void adam_word(float4& param, float4& first, float4& second, float4 gradient,
+                                          const AdamFactors& f) {
+    adam_value(param.x, first.x, second.x, gradient.x, f);
+    adam_value(param.y, first.y, second.y, gradient.y, f);
+    adam_value(param.z, first.z, second.z, gradient.z, f);
+    adam_value(param.w, first.w, second.w, gradient.w, f);
+}

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// The probabilistic mask: sampling, and the straight-through update of its logits. The contract: masksplat/masks.py.
+#include "adam.cuh"
+#include "philox.cuh"
+
+constexpr int BLOCK = 256;
+constexpr float LOWEST_LOGIT = -60.0f;  // the derivative is 0 below; exp(60) 2^24 does not overflow
+
+// Hard sample (N), derivative of the soft one by the logit (N), and the number of ones, added to *num_drawn.
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    sample(const float* __restrict__ logits, const long long* __restrict__ ids, int count, unsigned step,
+           unsigned stream, unsigned seed_low, unsigned seed_high, float* __restrict__ mask,
+           float* __restrict__ keep_gradient, unsigned long long* __restrict__ num_drawn) {
+    const int i = blockIdx.x * BLOCK + threadIdx.x;
+    bool is_drawn = false;
+    if (i < count) {
+        const unsigned long long id = static_cast<unsigned long long>(ids[i]);
+        const uint4 counter =
+            make_uint4(static_cast<unsigned>(id), static_cast<unsigned>(id >> 32), step, stream);
+        const unsigned word = philox(counter, make_uint2(seed_low, seed_high)).x;
+        const float drawn = static_cast<float>(word >> 9) + 0.5f;  // u 2^23, exact
+        const float against = expf(-fmaxf(logits[i], LOWEST_LOGIT)) * ((8388608.0f - drawn) / drawn);
+        const float total = 1.0f + against;
+        is_drawn = against < 1.0f;
+        mask[i] = is_drawn ? 1.0f : 0.0f;
+        keep_gradient[i] = against / (total * total);
+    }
+    const int drawn_in_block = __syncthreads_count(is_drawn);
+    if (threadIdx.x == 0 && drawn_in_block > 0) {
+        atomicAdd(num_drawn, static_cast<unsigned long long>(drawn_in_block));
+    }
+}
+
+// One Adam update with the gradient (d_mask + d_all) * keep_gradient. d_all is `added` and, unless null, *d_all; a null
+// d_mask is 0.
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    update(float* __restrict__ logits, const float* __restrict__ d_mask, const float* __restrict__ keep_gradient,
+           float* __restrict__ first, float* __restrict__ second, int count, float added,
+           const float* __restrict__ d_all, float beta1, float beta2, float rate, float root, float eps,
+           const int* __restrict__ status) {
+    if (is_stopped(status)) return;
+    const int i = blockIdx.x * BLOCK + threadIdx.x;
+    if (i >= count) return;
+    const float every = added + (d_all == nullptr ? 0.0f : *d_all);
+    const float own = d_mask == nullptr ? 0.0f : d_mask[i];
+    float logit = logits[i], m = first[i], v = second[i];
+    adam_value(logit, m, v, (own + every) * keep_gradient[i], {beta1, beta2, rate, root, eps, 1.0f});
+    logits[i] = logit;
+    first[i] = m;
+    second[i] = v;
+}

@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: Apache-2.0
+// Activations, EWA projection, visibility, exact pixel boxes, spherical harmonics and compaction in one pass over the
+// table. The contract and the maths: masksplat/cpu/project.py and docs/conventions.md.
+//
+// A thread has one Gaussian and goes through the views, so that the table is read from memory once. A block's splats of
+// a view lie side by side; which block comes first is left to chance (one atomic addition a block and view).
+#include "geometry.cuh"
+#include "harmonics.cuh"
+#include "staging.cuh"
+
+constexpr int BLOCK = 128;
+constexpr int SLOT_PACKED = 0;             // stands for any row
+constexpr float MARGIN_T = 0.01f;          // on 2 ln(255 opacity): far more than the rounding of alpha and of the bounds
+constexpr float MARGIN_PIXELS = 0.01f;
+constexpr float ROUNDING_PIXELS = 3.0f;    // slack of the cheap bound: rounded radius, pixel centres, float
+
+struct Limits {
+    float near_plane, far_plane, eps2d;
+    bool is_final, is_antialiased;
+};
+
+struct Table {
+    const float *means, *quats, *scales, *opacities;
+};
+
+// All of a splat but its colour and mask.
+struct Splat {
+    float mean_x, mean_y, conic_a, conic_b, conic_c, opacity, depth;
+    int4 box;
+};
+
+// False when the Gaussian is certainly unseen by the rule of 3DGS. The 2D covariance is at most
+// (largest scale * |J|)^2 + eps2d, and |J|^2 <= (fx^2 (1 + u^2) + fy^2 (1 + v^2)) / z^2.
+__device__ __forceinline__ bool may_be_seen(const Camera& camera, const Limits& limits, float mean_x, float mean_y,
+                                            float inverse_z, Vector scale) {
+    const float beyond_x = fmaxf(-mean_x, mean_x - camera.width - TILE);
+    const float beyond_y = fmaxf(-mean_y, mean_y - camera.height - TILE);
+    const float outside = fmaxf(beyond_x, beyond_y) - ROUNDING_PIXELS;
+    if (outside <= 0.0f) return true;
+    const float largest = fmaxf(scale.x, fmaxf(scale.y, scale.z));
+    const float spread = (limits.is_final ? largest : expf(fminf(largest, EXP_LIMIT))) * inverse_z;
+    const float u = fmaxf(-camera.x_low, camera.x_high), v = fmaxf(-camera.y_low, camera.y_high);
+    const float jacobian = camera.fx * camera.fx * (1.0f + u * u) + camera.fy * camera.fy * (1.0f + v * v);
+    // lambda_max <= trace + 1/3, where 1/3 is the square root of 3DGS's 0.1 rounded up.
+    return outside * outside <= 9.0f * (spread * spread * jacobian + 2.0f * limits.eps2d + 0.34f);
+}
+
+// True when [mean - radius, mean + radius] touches one of `num_tiles` tiles by 3DGS's rounding: truncation towards zero,
+// then clamping; pixel centres at integers, hence the half pixel. Comparisons of floats cannot overflow.
+__device__ __forceinline__ bool spans_tiles(float mean, float radius, float num_tiles) {
+    const float centre = mean - 0.5f;
+    const float first = fmaxf(0.0f, (centre - radius) / TILE);
+    const float last = (centre + radius + (TILE - 1)) / TILE;
+    return last >= 1.0f && first < num_tiles && floorf(first) < floorf(fminf(last, num_tiles));
+}
+
+// 3DGS's visibility: the square of half size ceil(3 sqrt(lambda_max)) overlaps a tile of the image. The discriminant
+// middle^2 - det is taken as ((xx - yy) / 2)^2 + xy^2, which does not cancel.
+__device__ __forceinline__ bool touches_tiles_by_3dgs(const Camera& camera, float mean_x, float mean_y, float xx,
+                                                      float xy, float yy) {
+    const float difference = 0.5f * (xx - yy);
+    const float spread = sqrtf(fmaxf(0.1f, difference * difference + xy * xy));
+    const float radius = ceilf(3.0f * sqrtf(0.5f * (xx + yy) + spread));
+    return spans_tiles(mean_x, radius, ceilf(camera.width / TILE)) &&
+           spans_tiles(mean_y, radius, ceilf(camera.height / TILE));
+}
+
+// Half-open range of pixels whose centres are within `reach` of `mean`, clipped; clamped before the cast, since huge
+// splats overflow int.
+__device__ __forceinline__ int2 pixel_range(float mean, float reach, float size) {
+    const float first = ceilf(fminf(fmaxf(0.0f, mean - reach - 0.5f), size));
+    const float last = floorf(fmaxf(fminf(size - 1.0f, mean + reach - 0.5f), -1.0f)) + 1.0f;
+    return make_int2(static_cast<int>(first), static_cast<int>(last));
+}
+
+// Bounding box of the ellipse alpha >= 1/255. In float: MARGIN_T widens the reach by at least 4e-4 of itself, a thousand
+// times the rounding of the logarithm and the root; MARGIN_PIXELS covers the rounding of pixel coordinates up to 65536.
+__device__ __forceinline__ bool write_box(const Camera& camera, float xx, float yy, Splat& splat) {
+    const float t = 2.0f * logf(splat.opacity / ALPHA_MIN) + MARGIN_T;
+    const int2 x = pixel_range(splat.mean_x, sqrtf(t * xx) + MARGIN_PIXELS, camera.width);
+    const int2 y = pixel_range(splat.mean_y, sqrtf(t * yy) + MARGIN_PIXELS, camera.height);
+    splat.box = make_int4(x.x, y.x, x.y, y.y);
+    return x.x < x.y && y.x < y.y;
+}
+
+// What becomes of Gaussian i in a view: SLOT_PACKED with everything in `splat`, or why not.
+__device__ __forceinline__ int project_one(const Table& table, long long i, const Camera& camera, const Limits& limits,
+                                           Splat& splat) {
+    const Vector point = camera_point(camera, load_vector(table.means, i));
+    if (!(point.z > limits.near_plane && point.z < limits.far_plane)) return SLOT_UNSEEN;
+    const float inverse_z = 1.0f / point.z;
+    splat.mean_x = camera.fx * point.x * inverse_z + camera.cx;
+    splat.mean_y = camera.fy * point.y * inverse_z + camera.cy;
+    splat.depth = point.z;
+    const Vector scale = load_vector(table.scales, i);
+    if (!may_be_seen(camera, limits, splat.mean_x, splat.mean_y, inverse_z, scale)) return SLOT_UNSEEN;
+    const Quaternion quaternion = unit_quaternion(reinterpret_cast<const float4*>(table.quats)[i]);
+    const Half m = image_turn(camera, jacobian(camera, point, inverse_z));
+    const Half half = half_projection(m, quaternion, activated_scale(scale, limits.is_final));
+    const Covariance cov = covariance(half, limits.eps2d);
+    const float xx = cov.xx + limits.eps2d, yy = cov.yy + limits.eps2d;
+    if (!(cov.det > 0.0f) || !touches_tiles_by_3dgs(camera, splat.mean_x, splat.mean_y, xx, cov.xy, yy)) {
+        return SLOT_UNSEEN;
+    }
+    splat.opacity = activated_opacity(table.opacities[i], limits.is_final);
+    if (limits.is_antialiased) splat.opacity *= sqrtf(cov.det_before / cov.det);
+    if (!(splat.opacity >= ALPHA_MIN) || !write_box(camera, xx, yy, splat)) return SLOT_NO_PIXEL;
+    const float inverse = 1.0f / cov.det;
+    splat.conic_a = yy * inverse;
+    splat.conic_b = -cov.xy * inverse;
+    splat.conic_c = xx * inverse;
+    return SLOT_PACKED;
+}
+
+template <int DEGREE>
+__device__ __forceinline__ Vector colour_of(const Camera& camera, Vector mean, Vector sh0, const float* coefficients) {
+    if constexpr (DEGREE == NO_HARMONICS) {
+        return sh0;
+    } else {
+        float inverse;
+        const Basis<DEGREE> basis = basis_at<DEGREE>(view_direction(camera, mean, inverse));
+        const Vector sum = harmonics_sum<DEGREE>(basis, sh0, coefficients);
+        return {fmaxf(sum.x + 0.5f, 0.0f), fmaxf(sum.y + 0.5f, 0.0f), fmaxf(sum.z + 0.5f, 0.0f)};
+    }
+}
+
+// What the block shares while it packs one view.
+struct __align__(8) Packing {
+    float rows[BLOCK * NUM_ROW_COLUMNS];  // copied out in words of 8 bytes
+    unsigned ballots[BLOCK / WARP];       // who is packed
+    int base;                             // first row of the block within the view
+};
+
+__device__ __forceinline__ void write_row(float* row, const Splat& splat, Vector colour, float mask) {
+    row[MEAN_X] = splat.mean_x;
+    row[MEAN_Y] = splat.mean_y;
+    row[CONIC_A] = splat.conic_a;
+    row[CONIC_B] = splat.conic_b;
+    row[CONIC_C] = splat.conic_c;
+    row[OPACITY] = splat.opacity;
+    row[RED] = colour.x;
+    row[GREEN] = colour.y;
+    row[BLUE] = colour.z;
+    row[MASK] = mask;
+}
+
+// Rows of the block that are packed, and how many of them come before row `before`.
+__device__ __forceinline__ int count_packed(const unsigned* ballots, int before) {
+    int count = 0;
+#pragma unroll
+    for (int warp = 0; warp < BLOCK / WARP; ++warp) {
+        const int bits = before - warp * WARP;
+        const unsigned kept = bits >= WARP ? ALL_LANES : bits <= 0 ? 0u : (1u << bits) - 1u;
+        count += __popc(ballots[warp] & kept);
+    }
+    return count;
+}
+
+// Arguments in order. The table: means (N, 3), quats (N, 4), scales (N, 3), opacities (N), sh0 (N, 3), shN (N, stride);
+// masks (N) or null for 1, ids (N) or null for the row number. The views: cameras (B), N, B, stride, near, far, eps2d,
+// is_final, is_antialiased. The splats, capacity N a view: rows, depths, ids, gaussians, boxes, slots (B, N), and
+// counts (B), which must be 0.
+template <int DEGREE>
+__device__ __forceinline__ void project(
+    const Table& table, const float* __restrict__ sh0, const float* __restrict__ shN, const float* __restrict__ masks,
+    const long long* __restrict__ ids, const Camera* __restrict__ cameras, int num_gaussians, int num_views, int stride,
+    const Limits& limits, float* __restrict__ rows, float* __restrict__ depths, long long* __restrict__ row_ids,
+    int* __restrict__ gaussians, int4* __restrict__ boxes, int* __restrict__ slots, int* __restrict__ counts) {
+    constexpr int USED = 3 * higher_bases(DEGREE);
+    extern __shared__ float4 staged_words[];
+    __shared__ Packing packing;
+    float* staged = reinterpret_cast<float*>(staged_words);
+    const int local = threadIdx.x, first = blockIdx.x * BLOCK;
+    const long long i = first + local;
+    const int num_rows = min(BLOCK, num_gaussians - first);
+    for (int view = 0; view < num_views; ++view) {
+        const Camera& camera = cameras[view];
+        const long long view_start = static_cast<long long>(view) * num_gaussians;
+        Splat splat;
+        int slot = SLOT_UNSEEN;
+        if (local < num_rows) slot = project_one(table, i, camera, limits, splat);
+        const bool is_packed = slot == SLOT_PACKED;
+        const unsigned ballot = __ballot_sync(ALL_LANES, is_packed);
+        if (local % WARP == 0) packing.ballots[local / WARP] = ballot;
+        __syncthreads();
+        const int num_packed = count_packed(packing.ballots, BLOCK);
+        if (num_packed > 0) {
+            if (local == 0) packing.base = atomicAdd(counts + view, num_packed);
+            if constexpr (USED > 0) stage_rows(shN, first, num_rows, stride, USED, packing.ballots, staged);
+            wait_for_copies();
+            __syncthreads();
+            const int place = count_packed(packing.ballots, local);
+            const long long target = view_start + packing.base + place;
+            if (is_packed) {
+                const Vector mean = load_vector(table.means, i);
+                const Vector colour =
+                    colour_of<DEGREE>(camera, mean, load_vector(sh0, i), staged + local * stride);
+                write_row(packing.rows + place * NUM_ROW_COLUMNS, splat, colour, masks == nullptr ? 1.0f : masks[i]);
+                depths[target] = splat.depth;
+                row_ids[target] = ids == nullptr ? i : ids[i];
+                gaussians[target] = static_cast<int>(i);
+                boxes[target] = splat.box;
+                slot = static_cast<int>(target);
+            }
+            __syncthreads();
+            float2* to = reinterpret_cast<float2*>(rows + (view_start + packing.base) * NUM_ROW_COLUMNS);
+            const float2* from = reinterpret_cast<const float2*>(packing.rows);
+            for (int k = local; k < num_packed * (NUM_ROW_COLUMNS / 2); k += BLOCK) to[k] = from[k];
+        }
+        if (local < num_rows) slots[view_start + i] = slot;
+        __syncthreads();  // before the next view writes the ballots and rows
+    }
+}
+
+#define PROJECT_KERNEL(NAME, DEGREE)                                                                                  \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 8)                                                            \
+        NAME(const float* __restrict__ means, const float* __restrict__ quats, const float* __restrict__ scales,      \
+             const float* __restrict__ opacities, const float* __restrict__ sh0, const float* __restrict__ shN,       \
+             const float* __restrict__ masks, const long long* __restrict__ ids,                                      \
+             const float* __restrict__ cameras, int num_gaussians, int num_views, int stride, float near_plane,       \
+             float far_plane, float eps2d, int is_final, int is_antialiased, float* __restrict__ rows,                \
+             float* __restrict__ depths, long long* __restrict__ row_ids, int* __restrict__ gaussians,                \
+             int4* __restrict__ boxes, int* __restrict__ slots, int* __restrict__ counts) {                           \
+        const Table table = {means, quats, scales, opacities};                                                        \
+        const Limits limits = {near_plane, far_plane, eps2d, is_final != 0, is_antialiased != 0};                     \
+        const Camera* views = reinterpret_cast<const Camera*>(cameras);                                               \
+        project<DEGREE>(table, sh0, shN, masks, ids, views, num_gaussians, num_views, stride, limits, rows,           \
+                        depths, row_ids, gaussians, boxes, slots, counts);                                            \
+    }
+
+PROJECT_KERNEL(project_colours, NO_HARMONICS)
+PROJECT_KERNEL(project_degree_0, 0)
+PROJECT_KERNEL(project_degree_1, 1)
+PROJECT_KERNEL(project_degree_2, 2)
+PROJECT_KERNEL(project_degree_3, 3)
+
+// cameras[first + k] from world-to-camera matrices (B, 4, 4) and intrinsics (B, 3, 3), for k < num_views views of
+// width x height pixels, in double; and their counts of splats to 0.
+extern "C" __global__ void pack_cameras(const float* viewmats, const float* intrinsics, int first, int num_views,
+                                        int width, int height, float* cameras, int* counts) {
+    const int k = blockIdx.x * blockDim.x + threadIdx.x;
+    if (k >= num_views) return;
+    const float *matrix = viewmats + 16 * (first + k), *pinhole = intrinsics + 9 * (first + k);
+    Camera& camera = reinterpret_cast<Camera*>(cameras)[first + k];
+    for (int row = 0; row < 3; ++row) {
+        for (int column = 0; column < 3; ++column) camera.turn[3 * row + column] = matrix[4 * row + column];
+        camera.shift[row] = matrix[4 * row + 3];
+        double centre = 0.0;
+        for (int j = 0; j < 3; ++j) centre -= static_cast<double>(matrix[4 * j + row]) * matrix[4 * j + 3];
+        camera.centre[row] = static_cast<float>(centre);
+    }
+    const double fx = pinhole[0], fy = pinhole[4], cx = pinhole[2], cy = pinhole[5];
+    const double margin_x = 0.15 * width / fx, margin_y = 0.15 * height / fy;
+    camera.fx = pinhole[0];
+    camera.fy = pinhole[4];
+    camera.cx = pinhole[2];
+    camera.cy = pinhole[5];
+    camera.x_low = static_cast<float>(-cx / fx - margin_x);
+    camera.x_high = static_cast<float>((width - cx) / fx + margin_x);
+    camera.y_low = static_cast<float>(-cy / fy - margin_y);
+    camera.y_high = static_cast<float>((height - cy) / fy + margin_y);
+    camera.width = static_cast<float>(width);
+    camera.height = static_cast<float>(height);
+    counts[first + k] = 0;
+}
