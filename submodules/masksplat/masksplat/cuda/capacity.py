@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes of the device buffers whose need only the device knows, and the sticky status that tells when they lack.
+
+A kernel that finds a buffer too small leaves its lists empty and sets status[0]; from then on no kernel that updates
+state does anything. The host looks at the status when it likes, grows the buffers and repeats what was lost.
+"""
+
+from __future__ import annotations
+
+import torch
+
+STATUS_WORDS = 8
+"""int32 words of the status: overflow flag, instances needed, buckets needed, then zeros."""
+
+GROWTH = 1.5
+"""A buffer that was too small gets this much more than was needed."""
+
+FIRST_INSTANCES = 1 << 16
+FIRST_BUCKETS = 1 << 12
+INSTANCES_PER_ROW = 2
+"""What is assumed at first of a row, which need not be in use: most splats touch a few tiles."""
+
+INSTANCES_PER_BUCKET = 64
+"""Likewise: a bucket holds 32, and about half of a list lies behind pixels that have ended."""
+
+MOST_INSTANCES = 1 << 30
+"""The radix sort counts in 30 bits."""
+
+
+class Capacity:
+    """Instances and checkpointed buckets that a view may have, and the status words of one body.
+
+    An instance is a (splat, tile) pair, a bucket 32 neighbours of a tile's list. Capacities only grow.
+    """
+
+    def __init__(self, device: torch.device, *, instances: int = FIRST_INSTANCES, buckets: int = FIRST_BUCKETS) -> None:
+        """Start with these capacities; `device` is where the kernels work."""
+        self.instances = instances
+        self.buckets = buckets
+        self.defers = False
+        """True: nobody waits for the device after a view; the owner calls `recover` when it suits."""
+        self.status = torch.zeros(STATUS_WORDS, dtype=torch.int32, device=device)
+        self._is_fresh = True
+
+    def expect(self, num_rows: int) -> None:
+        """Provide for a view of `num_rows` splats before the first one is binned."""
+        if self._is_fresh:
+            self._is_fresh = False
+            self.instances = max(self.instances, min(INSTANCES_PER_ROW * num_rows, MOST_INSTANCES))
+            self.buckets = max(self.buckets, self.instances // INSTANCES_PER_BUCKET)
+
+    def recover(self) -> bool:
+        """Grow what was too small and clear the status; True when the work since the last call must be repeated.
+
+        Raises:
+            MemoryError: when a view needs more than 2^30 instances.
+        """
+        overflow, instances, buckets, *_ = self.status.tolist()  # host sync: status
+        if not overflow:
+            return False
+        if instances > MOST_INSTANCES:
+            raise MemoryError(
+                f"a view covers {instances:,} (splat, tile) pairs, or more, and {MOST_INSTANCES:,} can be sorted; "
+                "render it in strips of rows, at a lower resolution, or with smaller Gaussians"
+            )
+        if instances > self.instances:
+            self.instances = min(int(GROWTH * instances), MOST_INSTANCES)
+        if buckets > self.buckets:
+            self.buckets = int(GROWTH * buckets)
+        self.status.zero_()
+        return True

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+// Masked front-to-back compositing: C = sum m alpha T c + T_end background, T_{i+1} = T_i (1 - m alpha) (docs/masks.md).
+//
+// forward_tiles: a block a tile, a warp a subtile, a thread a pixel.
+//   ranges (tiles, 2), list_rows: the tile lists of binning.cu.
+//   rgb (h, w, 3), transmittance (h, w): the region's pixels.
+//   pairs (tile rows): evaluated (pixel, splat) pairs are added.
+// For the backward, unless `counter` is null:
+//   reached (instances): subtiles that a place of a list reaches, a bit each.
+//   ends (tiles): one past the last place that was looked at, a whole number of buckets.
+//   buckets (capacity, 2): tile and first place of each bucket that was looked at, in any order.
+//   alive (capacity, 8): pixels of a subtile that had not ended before the bucket; 0 where no splat of it reaches.
+//   checkpoints (capacity, 256): T and colour before the bucket, of subtiles whose `alive` is not 0.
+//   counter: buckets in use, more than `capacity` when they did not fit (then the status says so).
+//
+// Stages of a batch: 1 every thread stages a splat and the subtiles that it reaches, 2 each warp gathers from these the
+// splats of its subtile, 32 at a time, and composites them. Splats with m = 0 are in no warp's gathering.
+
+#include "compositing.cuh"
+
+constexpr int THREADS = TILE_PIXELS;
+constexpr int BATCH = THREADS;
+constexpr unsigned SAMPLED_BIT = 1u << SUBTILES;
+constexpr int STATUS_BUCKETS = 2;               // status word: buckets that would have been needed (maximum)
+
+struct Saved {
+    unsigned char* reached;
+    int* ends;
+    int2* buckets;
+    unsigned* alive;
+    float4* checkpoints;
+    int* counter;
+    int capacity;
+    int* status;
+};
+
+struct Pixel {
+    float x, y;                                 // centre
+    float light;                                // T; -T when it has ended
+    float red, green, blue;
+};
+
+// Composite the splats `sampled` (a bit each) of a group of staged ones.
+__device__ __forceinline__ void composite_group(const float4* staged, unsigned sampled, Pixel& pixel) {
+    while (sampled != 0) {
+        const int k = __ffs(sampled) - 1;
+        sampled &= sampled - 1;
+        const Splat splat = staged_splat(staged + k * (SPLAT_FLOATS / 4));
+        const float uncapped = uncapped_alpha(splat, pixel.x - splat.x, pixel.y - splat.y);
+        const float weight = advance(pixel.light, uncapped, splat.mask);
+        pixel.red += weight * splat.red;
+        pixel.green += weight * splat.green;
+        pixel.blue += weight * splat.blue;
+    }
+}
+
+// Places for the buckets of a batch; -1 when there is no room, or nothing is to be saved. One thread calls it.
+__device__ __forceinline__ int reserve_buckets(const Saved& saved, int count) {
+    if (saved.counter == nullptr) return -1;
+    const int first = atomicAdd(saved.counter, count);
+    if (first + count <= saved.capacity) return first;
+    atomicMax(saved.status + STATUS_BUCKETS, first + count);
+    saved.status[STATUS_OVERFLOW] = 1;
+    return -1;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+forward_tiles(const float* __restrict__ rows, const int2* __restrict__ ranges, const int* __restrict__ list_rows,
+              int first_row, int last_row, int columns, int width, const float* __restrict__ background,
+              float* __restrict__ rgb, float* __restrict__ transmittance, unsigned long long* pairs,
+              unsigned char* __restrict__ reached, int* __restrict__ ends, int2* __restrict__ buckets,
+              unsigned* __restrict__ alive, float4* __restrict__ checkpoints, int* counter, int bucket_capacity,
+              int* status) {
+    __shared__ float4 staged[BATCH * SPLAT_FLOATS / 4];
+    __shared__ unsigned short staged_bits[BATCH];
+    __shared__ int first_bucket;
+    const Saved saved = {reached, ends, buckets, alive, checkpoints, counter, bucket_capacity, status};
+    const int tile = blockIdx.x, warp = warp_index(), lane = lane_index(), thread = threadIdx.x;
+    const int tile_x = tile % columns * TILE, tile_y = first_row + tile / columns * TILE;
+    const int x = tile_x + pixel_x(warp, lane), y = tile_y + pixel_y(warp, lane);
+    const bool is_inside = x < width && y < last_row;
+    Pixel pixel = {x + 0.5f, y + 0.5f, is_inside ? 1.0f : -1.0f, 0.0f, 0.0f, 0.0f};
+    const int2 range = ranges[tile];
+    int next = range.x + thread < range.y ? list_rows[range.x + thread] : -1;
+    Row row = {};
+    if (next >= 0) row = load_row(rows, next);
+    next = range.x + BATCH + thread < range.y ? list_rows[range.x + BATCH + thread] : -1;
+    int start = range.x, num_evaluated = 0;
+    for (; start < range.y; start += BATCH) {
+        if (__syncthreads_and(pixel.light <= 0.0f)) break;
+        const int count = min(BATCH, range.y - start), num_buckets = divide_up(count, BUCKET);
+        if (thread == 0) first_bucket = reserve_buckets(saved, num_buckets);
+        unsigned bits = 0;
+        if (thread < count) {
+            const Splat splat = splat_of(row);
+            bits = reached_subtiles(row, splat.log_opacity, float(tile_x), float(tile_y));
+            stage_splat(staged + thread * (SPLAT_FLOATS / 4), splat);
+            if (saved.counter != nullptr) saved.reached[start + thread] = static_cast<unsigned char>(bits);
+            bits |= splat.mask != 0.0f ? SAMPLED_BIT : 0;
+        }
+        staged_bits[thread] = static_cast<unsigned short>(bits);
+        __syncthreads();
+        // The next batch's rows are on their way while this one is composited.
+        if (next >= 0) row = load_row(rows, next);
+        next = start + 2 * BATCH + thread < range.y ? list_rows[start + 2 * BATCH + thread] : -1;
+        const int bucket = first_bucket;
+        if (bucket >= 0 && thread < num_buckets) saved.buckets[bucket + thread] = make_int2(tile, start + thread * BUCKET);
+        unsigned alive_of_lane = 0;
+        for (int group = 0; group < num_buckets; ++group) {
+            const unsigned living = __ballot_sync(ALL_LANES, pixel.light > 0.0f);
+            if (living == 0) break;
+            const unsigned its_bits = staged_bits[group * BUCKET + lane];
+            const bool is_here = (its_bits >> warp & 1) != 0;
+            const unsigned here = __ballot_sync(ALL_LANES, is_here);
+            const unsigned sampled = __ballot_sync(ALL_LANES, is_here && (its_bits & SAMPLED_BIT) != 0);
+            if (bucket >= 0 && here != 0) {
+                if (lane == group) alive_of_lane = living;
+                if (pixel.light > 0.0f) {
+                    saved.checkpoints[static_cast<long long>(bucket + group) * TILE_PIXELS + thread] =
+                        make_float4(pixel.light, pixel.red, pixel.green, pixel.blue);
+                }
+            }
+            composite_group(staged + group * BUCKET * (SPLAT_FLOATS / 4), sampled, pixel);
+            num_evaluated += __popc(sampled);
+        }
+        if (bucket >= 0 && lane < num_buckets) saved.alive[(bucket + lane) * SUBTILES + warp] = alive_of_lane;
+    }
+    if (lane == 0 && num_evaluated > 0) {
+        atomicAdd(pairs + tile / columns, static_cast<unsigned long long>(num_evaluated) * WARP);
+    }
+    if (thread == 0 && saved.counter != nullptr) saved.ends[tile] = min(start, range.y);
+    if (is_inside) {
+        const float light = fabsf(pixel.light);
+        const int at = (y - first_row) * width + x;
+        transmittance[at] = light;
+        rgb[3 * at] = pixel.red + light * background[0];
+        rgb[3 * at + 1] = pixel.green + light * background[1];
+        rgb[3 * at + 2] = pixel.blue + light * background[2];
+    }
+}

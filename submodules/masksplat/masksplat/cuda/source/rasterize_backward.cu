@@ -1,0 +1,441 @@
+// SPDX-License-Identifier: Apache-2.0
+// Exact gradient of masked compositing, front to back (docs/masks.md derives it).
+//
+// With g = dL/dC, a_i = m_i alpha_i and S_i the part of g . C + T_end dL/dT_end that lies behind splat i,
+//     dL/da_i = T_i g . c_i - S_i / (1 - a_i),
+//     dL/dm_i = alpha_i dL/da_i,      dL/dalpha_i = m_i dL/da_i,      dL/dc_i = a_i T_i g.
+// A warp takes a bucket of 32 splats of one tile's list, starts from the forward's checkpoint (T and colour in front of
+// the bucket, hence S) and repeats the forward's decisions bit for bit. Two shapes of the same sums:
+//     backward_pixels  a lane owns one pixel of each subtile; after each splat the warp adds its lanes up
+//     backward_splats  a lane owns a splat; pixels flow from lane to lane
+// Both write the ten sums of every instance of the bucket to sums[instance], and the bucket that ends the tile's part
+// that was looked at writes zeros for the rest of its list. No atomics.
+// finish_rows adds up each splat's instances in their order and turns moments into gradients of the row.
+//
+// Buffers of the forward: rasterize.cu. d_transmittance may be null.
+
+#include "compositing.cuh"
+#include "totals.cuh"
+
+constexpr int BACKWARD_WARPS = 4;
+constexpr int BACKWARD_THREADS = BACKWARD_WARPS * WARP;
+constexpr int NUM_SUMS = 10;
+
+// The sums of an instance over pixels, d = dL/dpower: d, d dx, d dy, d dx^2, d dx dy, d dy^2, dL/dcolour, dL/dmask.
+constexpr int SUM_1 = 0, SUM_X = 1, SUM_Y = 2, SUM_XX = 3, SUM_XY = 4, SUM_YY = 5, SUM_RED = 6, SUM_GREEN = 7,
+              SUM_BLUE = 8, SUM_MASK = 9;
+
+struct Image {
+    int first_row, last_row, columns, width;
+    const float *rgb, *transmittance, *d_rgb, *d_transmittance;
+};
+
+struct Lists {
+    const int2* ranges;
+    const int *rows, *instances, *ends;
+    const unsigned char* reached;
+    const int2* buckets;
+    const unsigned* alive;
+    const float4* checkpoints;
+};
+
+struct Gradient {
+    float red, green, blue;                     // g
+    float behind;                               // S
+};
+
+// g of a pixel, and S behind the checkpoint.
+__device__ __forceinline__ Gradient load_gradient(const Image& image, int x, int y, const float4& checkpoint) {
+    const int at = (y - image.first_row) * image.width + x;
+    Gradient g = {image.d_rgb[3 * at], image.d_rgb[3 * at + 1], image.d_rgb[3 * at + 2], 0.0f};
+    if (image.d_transmittance != nullptr) g.behind = image.transmittance[at] * image.d_transmittance[at];
+    g.behind += g.red * (image.rgb[3 * at] - checkpoint.y) + g.green * (image.rgb[3 * at + 1] - checkpoint.z) +
+                g.blue * (image.rgb[3 * at + 2] - checkpoint.w);
+    return g;
+}
+
+struct Pair {
+    float weight;                               // a T
+    float d_mask;                               // alpha dL/da
+    float d_power;
+};
+
+// One pixel and one splat: its share of the gradients; light and S move behind the splat. An ended pixel has light 0.
+__device__ __forceinline__ Pair differentiate(const Splat& splat, float dx, float dy, float& light, Gradient& g) {
+    const float uncapped = uncapped_alpha(splat, dx, dy);
+    const float alpha = fminf(uncapped, ALPHA_MAX);
+    const float effective = __fmul_rn(splat.mask, alpha);
+    const float after = light_behind(light, effective);
+    const bool is_seen = uncapped >= ALPHA_MIN, is_lit = after >= TRANSMITTANCE_MIN, is_accepted = is_seen && is_lit;
+    const float g_colour = g.red * splat.red + g.green * splat.green + g.blue * splat.blue;
+    Pair pair;
+    pair.weight = is_accepted ? light * effective : 0.0f;
+    g.behind -= pair.weight * g_colour;
+    const float d_effective = light * g_colour - __fdividef(g.behind, 1.0f - effective);
+    pair.d_mask = is_accepted ? alpha * d_effective : 0.0f;
+    pair.d_power = uncapped > ALPHA_MAX ? 0.0f : splat.mask * pair.d_mask;
+    light = is_seen ? (is_lit ? after : 0.0f) : light;
+    return pair;
+}
+
+// dL/dm of one pixel and a splat with m = 0, which changes nothing behind it.
+__device__ __forceinline__ float differentiate_unsampled(const Splat& splat, float dx, float dy, float light,
+                                                         const Gradient& g) {
+    const float uncapped = uncapped_alpha(splat, dx, dy);
+    const float g_colour = g.red * splat.red + g.green * splat.green + g.blue * splat.blue;
+    const bool is_accepted = uncapped >= ALPHA_MIN && light > 0.0f;
+    return is_accepted ? fminf(uncapped, ALPHA_MAX) * (light * g_colour - g.behind) : 0.0f;
+}
+
+struct Bucket {
+    int tile_x, tile_y;                         // pixels
+    int first, count;                           // places of the list
+    int rest_first, rest_last;                  // places behind that no bucket covers, if this is the tile's last one
+};
+
+__device__ __forceinline__ float4 load_checkpoint(const Lists& lists, int index, int pixel) {
+    return lists.checkpoints[static_cast<long long>(index) * TILE_PIXELS + pixel];
+}
+
+// The bucket of a warp; false when there is none.
+__device__ __forceinline__ bool find_bucket(const Lists& lists, const Image& image, int index, const int* counter,
+                                            int capacity, Bucket& bucket) {
+    if (index >= min(*counter, capacity)) return false;
+    const int2 entry = lists.buckets[index];
+    const int stop = lists.ranges[entry.x].y, end = lists.ends[entry.x];
+    bucket.tile_x = entry.x % image.columns * TILE;
+    bucket.tile_y = image.first_row + entry.x / image.columns * TILE;
+    bucket.first = entry.y;
+    bucket.count = min(BUCKET, stop - entry.y);
+    const bool is_last = entry.y + BUCKET >= end;
+    bucket.rest_first = end;
+    bucket.rest_last = is_last ? stop : end;
+    return true;
+}
+
+__device__ __forceinline__ void write_sums(float* sums, int instance, const float* values) {
+    float2* out = reinterpret_cast<float2*>(sums + static_cast<long long>(instance) * NUM_SUMS);
+#pragma unroll
+    for (int k = 0; k < NUM_SUMS / 2; ++k) out[k] = make_float2(values[2 * k], values[2 * k + 1]);
+}
+
+// Zeros for the splats that the forward did not come to.
+__device__ __forceinline__ void clear_rest(const Lists& lists, const Bucket& bucket, float* sums) {
+    const float zeros[NUM_SUMS] = {};
+    for (int place = bucket.rest_first + lane_index(); place < bucket.rest_last; place += WARP) {
+        write_sums(sums, lists.instances[place], zeros);
+    }
+}
+
+// --- a lane owns pixels -----------------------------------------------------------------------------------------------
+
+// One half of the lanes keeps `low`, the other `high`, both added to what the partner at `distance` has of it.
+__device__ __forceinline__ float fold(float low, float high, int distance) {
+    const bool is_upper = (lane_index() & distance) != 0;
+    const float kept = is_upper ? high : low, given = is_upper ? low : high;
+    return kept + __shfl_xor_sync(ALL_LANES, given, distance);
+}
+
+__device__ __forceinline__ float fold_one(float value, int distance) {
+    return value + __shfl_xor_sync(ALL_LANES, value, distance);
+}
+
+// Sum of `values[k]` over the warp, in the lanes with k = column_of_lane(): ten sums by 12 shuffles, in a fixed order.
+__device__ __forceinline__ float sum_transposed(const float (&values)[NUM_SUMS]) {
+    float five[5];
+#pragma unroll
+    for (int k = 0; k < 5; ++k) five[k] = fold(values[k], values[k + 5], 16);
+    const float three[3] = {fold(five[0], five[3], 8), fold(five[1], five[4], 8), fold_one(five[2], 8)};
+    const float two[2] = {fold(three[0], three[2], 4), fold_one(three[1], 4)};
+    return fold_one(fold(two[0], two[1], 2), 1);
+}
+
+// The column whose sum `sum_transposed` leaves in this lane, or -1 where another lane has the same.
+__device__ __forceinline__ int column_of_lane() {
+    const int lane = lane_index();
+    const bool bit_3 = (lane & 8) != 0, bit_2 = (lane & 4) != 0, bit_1 = (lane & 2) != 0;
+    int column;
+    if (bit_1) {
+        column = bit_2 ? -1 : (bit_3 ? 4 : 1);
+    } else if (bit_2) {
+        column = bit_3 ? -1 : 2;
+    } else {
+        column = bit_3 ? 3 : 0;
+    }
+    return (lane & 1) != 0 || column < 0 ? -1 : column + ((lane & 16) != 0 ? 5 : 0);
+}
+
+struct PixelStates {
+    float light[SUBTILES];
+    Gradient g[SUBTILES];
+};
+
+// One splat over the subtiles `reached` of the lane's pixels. (x, y) is the centre of the lane's pixel of subtile 0.
+__device__ __forceinline__ void sum_sampled(const Splat& splat, unsigned reached, float x, float y,
+                                            PixelStates& pixels, float (&sums)[NUM_SUMS]) {
+#pragma unroll
+    for (int k = 0; k < NUM_SUMS; ++k) sums[k] = 0.0f;
+#pragma unroll
+    for (int subtile = 0; subtile < SUBTILES; ++subtile) {
+        if ((reached >> subtile & 1) == 0) continue;
+        const float dx = x + float(subtile % SUBTILE_COLUMNS * SUBTILE_WIDTH) - splat.x;
+        const float dy = y + float(subtile / SUBTILE_COLUMNS * SUBTILE_HEIGHT) - splat.y;
+        Gradient& g = pixels.g[subtile];
+        const Pair pair = differentiate(splat, dx, dy, pixels.light[subtile], g);
+        const float moment_x = pair.d_power * dx, moment_y = pair.d_power * dy;
+        sums[SUM_1] += pair.d_power;
+        sums[SUM_X] += moment_x;
+        sums[SUM_Y] += moment_y;
+        sums[SUM_XX] += moment_x * dx;
+        sums[SUM_XY] += moment_x * dy;
+        sums[SUM_YY] += moment_y * dy;
+        sums[SUM_RED] += pair.weight * g.red;
+        sums[SUM_GREEN] += pair.weight * g.green;
+        sums[SUM_BLUE] += pair.weight * g.blue;
+        sums[SUM_MASK] += pair.d_mask;
+    }
+}
+
+__device__ __forceinline__ float sum_unsampled(const Splat& splat, unsigned reached, float x, float y,
+                                               const PixelStates& pixels) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int subtile = 0; subtile < SUBTILES; ++subtile) {
+        if ((reached >> subtile & 1) == 0) continue;
+        const float dx = x + float(subtile % SUBTILE_COLUMNS * SUBTILE_WIDTH) - splat.x;
+        const float dy = y + float(subtile / SUBTILE_COLUMNS * SUBTILE_HEIGHT) - splat.y;
+        sum += differentiate_unsampled(splat, dx, dy, pixels.light[subtile], pixels.g[subtile]);
+    }
+    return warp_sum(sum);
+}
+
+// The lane's pixels as they are in front of the bucket; returns the subtiles that have a pixel alive.
+__device__ __forceinline__ unsigned load_pixels(const Lists& lists, const Image& image, const Bucket& bucket,
+                                                int index, PixelStates& pixels) {
+    const int lane = lane_index();
+    const unsigned alive = lists.alive[index * SUBTILES + lane % SUBTILES];
+    unsigned living = 0;
+#pragma unroll
+    for (int subtile = 0; subtile < SUBTILES; ++subtile) {
+        const unsigned its_alive = __shfl_sync(ALL_LANES, alive, subtile);
+        living |= unsigned(its_alive != 0) << subtile;
+        pixels.light[subtile] = 0.0f;
+        pixels.g[subtile] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if ((its_alive >> lane & 1) != 0) {
+            const float4 checkpoint = load_checkpoint(lists, index, subtile * WARP + lane);
+            pixels.light[subtile] = checkpoint.x;
+            pixels.g[subtile] = load_gradient(image, bucket.tile_x + pixel_x(subtile, lane),
+                                              bucket.tile_y + pixel_y(subtile, lane), checkpoint);
+        }
+    }
+    return living;
+}
+
+extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS)
+backward_pixels(const float* __restrict__ rows, const int2* __restrict__ ranges, const int* __restrict__ list_rows,
+                const int* __restrict__ list_instances, const unsigned char* __restrict__ reached,
+                const int* __restrict__ ends, const int2* __restrict__ buckets, const unsigned* __restrict__ alive,
+                const float4* __restrict__ checkpoints, const int* __restrict__ counter, int bucket_capacity,
+                int first_row, int last_row, int columns, int width, const float* __restrict__ rgb,
+                const float* __restrict__ transmittance, const float* __restrict__ d_rgb,
+                const float* __restrict__ d_transmittance, float* __restrict__ sums) {
+    __shared__ float4 staged[BACKWARD_WARPS][BUCKET * SPLAT_FLOATS / 4];
+    const Lists lists = {ranges, list_rows, list_instances, ends, reached, buckets, alive, checkpoints};
+    const Image image = {first_row, last_row, columns, width, rgb, transmittance, d_rgb, d_transmittance};
+    const int lane = lane_index(), index = blockIdx.x * BACKWARD_WARPS + warp_index();
+    Bucket bucket;
+    if (!find_bucket(lists, image, index, counter, bucket_capacity, bucket)) return;
+    float4* splats = staged[warp_index()];
+    unsigned its_reached = 0;
+    int its_instance = 0;
+    if (lane < bucket.count) {
+        its_reached = lists.reached[bucket.first + lane];
+        its_instance = lists.instances[bucket.first + lane];
+        stage_splat(splats + lane * (SPLAT_FLOATS / 4), splat_of(load_row(rows, lists.rows[bucket.first + lane])));
+    }
+    PixelStates pixels;
+    its_reached &= load_pixels(lists, image, bucket, index, pixels);
+    __syncwarp();
+    const float x = bucket.tile_x + pixel_x(0, lane) + 0.5f, y = bucket.tile_y + pixel_y(0, lane) + 0.5f;
+    const int column = column_of_lane();
+    for (int k = 0; k < bucket.count; ++k) {
+        const unsigned here = __shfl_sync(ALL_LANES, its_reached, k);
+        const int instance = __shfl_sync(ALL_LANES, its_instance, k);
+        const Splat splat = staged_splat(splats + k * (SPLAT_FLOATS / 4));
+        float sum = 0.0f;
+        if (here != 0 && splat.mask != 0.0f) {
+            float of_lane[NUM_SUMS];
+            sum_sampled(splat, here, x, y, pixels, of_lane);
+            sum = sum_transposed(of_lane);
+        } else if (here != 0) {
+            sum = sum_unsampled(splat, here, x, y, pixels);
+            if (column != SUM_MASK) sum = 0.0f;
+        }
+        if (column >= 0) sums[static_cast<long long>(instance) * NUM_SUMS + column] = sum;
+    }
+    clear_rest(lists, bucket, sums);
+}
+
+// --- a lane owns a splat ----------------------------------------------------------------------------------------------
+
+struct FlowShared {
+    float4 g[TILE_PIXELS];                      // g and S of the pixels of the living subtiles, one after the other
+    float light[TILE_PIXELS];
+    int subtiles[SUBTILES];                     // which subtiles these are
+};
+
+// Fill `flow` with the pixels in front of the bucket; returns how many there are.
+__device__ __forceinline__ int stage_pixels(const Lists& lists, const Image& image, const Bucket& bucket, int index,
+                                            FlowShared& flow) {
+    const int lane = lane_index();
+    const unsigned alive = lists.alive[index * SUBTILES + lane % SUBTILES];
+    int count = 0;
+    for (int subtile = 0; subtile < SUBTILES; ++subtile) {
+        const unsigned its_alive = __shfl_sync(ALL_LANES, alive, subtile);
+        if (its_alive == 0) continue;
+        float light = 0.0f;
+        Gradient g = {0.0f, 0.0f, 0.0f, 0.0f};
+        if ((its_alive >> lane & 1) != 0) {
+            const float4 checkpoint = load_checkpoint(lists, index, subtile * WARP + lane);
+            light = checkpoint.x;
+            g = load_gradient(image, bucket.tile_x + pixel_x(subtile, lane), bucket.tile_y + pixel_y(subtile, lane),
+                              checkpoint);
+        }
+        flow.g[count + lane] = make_float4(g.red, g.green, g.blue, g.behind);
+        flow.light[count + lane] = light;
+        if (lane == 0) flow.subtiles[count / WARP] = subtile;
+        count += WARP;
+    }
+    __syncwarp();
+    return count;
+}
+
+extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS)
+backward_splats(const float* __restrict__ rows, const int2* __restrict__ ranges, const int* __restrict__ list_rows,
+                const int* __restrict__ list_instances, const unsigned char* __restrict__ reached,
+                const int* __restrict__ ends, const int2* __restrict__ buckets, const unsigned* __restrict__ alive,
+                const float4* __restrict__ checkpoints, const int* __restrict__ counter, int bucket_capacity,
+                int first_row, int last_row, int columns, int width, const float* __restrict__ rgb,
+                const float* __restrict__ transmittance, const float* __restrict__ d_rgb,
+                const float* __restrict__ d_transmittance, float* __restrict__ sums) {
+    __shared__ FlowShared shared[BACKWARD_WARPS];
+    const Lists lists = {ranges, list_rows, list_instances, ends, reached, buckets, alive, checkpoints};
+    const Image image = {first_row, last_row, columns, width, rgb, transmittance, d_rgb, d_transmittance};
+    const int lane = lane_index(), index = blockIdx.x * BACKWARD_WARPS + warp_index();
+    Bucket bucket;
+    if (!find_bucket(lists, image, index, counter, bucket_capacity, bucket)) return;
+    FlowShared& flow = shared[warp_index()];
+    // A lane without a splat has one that no pixel sees.
+    Splat splat = {};
+    splat.log_opacity = -1e30f;
+    unsigned its_reached = 0;
+    if (lane < bucket.count) {
+        its_reached = lists.reached[bucket.first + lane];
+        splat = splat_of(load_row(rows, lists.rows[bucket.first + lane]));
+    }
+    const int num_pixels = stage_pixels(lists, image, bucket, index, flow);
+    float of_lane[NUM_SUMS] = {};
+    float light = 0.0f, behind = 0.0f;
+    // Step i: lane k has pixel i - k, which comes from lane k - 1; lane 0 takes it from the checkpoint.
+    for (int step = 0; num_pixels > 0 && step < num_pixels + WARP - 1; ++step) {
+        light = __shfl_up_sync(ALL_LANES, light, 1);
+        behind = __shfl_up_sync(ALL_LANES, behind, 1);
+        const int at = step - lane;
+        if (at < 0 || at >= num_pixels) continue;
+        const float4 colour = flow.g[at];
+        Gradient g = {colour.x, colour.y, colour.z, lane == 0 ? colour.w : behind};
+        if (lane == 0) light = flow.light[at];
+        behind = g.behind;
+        const int subtile = flow.subtiles[at / WARP];
+        if ((its_reached >> subtile & 1) == 0 || light <= 0.0f) continue;
+        const float dx = bucket.tile_x + pixel_x(subtile, at % WARP) + 0.5f - splat.x;
+        const float dy = bucket.tile_y + pixel_y(subtile, at % WARP) + 0.5f - splat.y;
+        const Pair pair = differentiate(splat, dx, dy, light, g);
+        behind = g.behind;
+        const float moment_x = pair.d_power * dx, moment_y = pair.d_power * dy;
+        of_lane[SUM_1] += pair.d_power;
+        of_lane[SUM_X] += moment_x;
+        of_lane[SUM_Y] += moment_y;
+        of_lane[SUM_XX] += moment_x * dx;
+        of_lane[SUM_XY] += moment_x * dy;
+        of_lane[SUM_YY] += moment_y * dy;
+        of_lane[SUM_RED] += pair.weight * g.red;
+        of_lane[SUM_GREEN] += pair.weight * g.green;
+        of_lane[SUM_BLUE] += pair.weight * g.blue;
+        of_lane[SUM_MASK] += pair.d_mask;
+    }
+    if (lane < bucket.count) write_sums(sums, lists.instances[bucket.first + lane], of_lane);
+    clear_rest(lists, bucket, sums);
+}
+
+// --- from instances to splats -----------------------------------------------------------------------------------------
+
+constexpr int FINISH_THREADS = 128;
+constexpr int FEW_INSTANCES = 16;               // added by one lane; more by the warp
+
+struct Sums {
+    float2 pairs[NUM_SUMS / 2];
+};
+
+__device__ __forceinline__ void add_instance(const float* sums, int instance, Sums& total) {
+    const float2* from = reinterpret_cast<const float2*>(sums + static_cast<long long>(instance) * NUM_SUMS);
+#pragma unroll
+    for (int k = 0; k < NUM_SUMS / 2; ++k) {
+        const float2 pair = from[k];
+        total.pairs[k].x += pair.x;
+        total.pairs[k].y += pair.y;
+    }
+}
+
+// Add the gradient of a row to d_row.
+__device__ __forceinline__ void finish_row(const Row& row, const Sums& sums, float* d_row) {
+    const float2 of_1_x = sums.pairs[0], of_y_xx = sums.pairs[1], of_xy_yy = sums.pairs[2];
+    const float a = row.conic_ab.x, b = row.conic_ab.y, c = row.conic_c_opacity.x;
+    const float2 added[NUM_SUMS / 2] = {
+        {a * of_1_x.y + b * of_y_xx.x, b * of_1_x.y + c * of_y_xx.x},
+        {-0.5f * of_y_xx.y, -of_xy_yy.x},
+        {-0.5f * of_xy_yy.y, of_1_x.x / row.conic_c_opacity.y},
+        sums.pairs[3],
+        sums.pairs[4],
+    };
+    float2* out = reinterpret_cast<float2*>(d_row);
+#pragma unroll
+    for (int k = 0; k < NUM_SUMS / 2; ++k) {
+        const float2 before = out[k];
+        out[k] = make_float2(before.x + added[k].x, before.y + added[k].y);
+    }
+}
+
+// first_instances (splats + 1), totals: binning.cu. sums (instances, 10); d_rows (splats, 10) is added to.
+extern "C" __global__ void __launch_bounds__(FINISH_THREADS)
+finish_rows(const float* __restrict__ rows, const int* __restrict__ first_instances, const int* __restrict__ totals,
+            const float* __restrict__ sums, float* __restrict__ d_rows) {
+    const int splat = blockIdx.x * FINISH_THREADS + threadIdx.x, lane = lane_index();
+    const int num_splats = totals[TOTAL_SPLATS], num_instances = totals[TOTAL_INSTANCES];
+    if (splat - lane >= num_splats || num_instances == 0) return;
+    int first = 0, last = 0;
+    if (splat < num_splats) {
+        first = first_instances[splat];
+        last = first_instances[splat + 1];
+    }
+    Sums total = {};
+    const bool is_large = last - first > FEW_INSTANCES;
+    for (int instance = first; !is_large && instance < last; ++instance) add_instance(sums, instance, total);
+    for (unsigned large = __ballot_sync(ALL_LANES, is_large); large != 0; large &= large - 1) {
+        const int owner = __ffs(large) - 1;
+        const int stop = __shfl_sync(ALL_LANES, last, owner);
+        Sums part = {};
+        for (int instance = __shfl_sync(ALL_LANES, first, owner) + lane; instance < stop; instance += WARP) {
+            add_instance(sums, instance, part);
+        }
+#pragma unroll
+        for (int k = 0; k < NUM_SUMS / 2; ++k) {
+            part.pairs[k].x = warp_sum(part.pairs[k].x);
+            part.pairs[k].y = warp_sum(part.pairs[k].y);
+        }
+        if (lane == owner) total = part;
+    }
+    if (last > first) {
+        finish_row(load_row(rows, splat), total, d_rows + static_cast<long long>(splat) * NUM_ROW_COLUMNS);
+    }
+}
