@@ -114,7 +114,7 @@ def parse_train(arguments: Sequence[str], environment: Mapping[str, str] = os.en
     values = {**_preset(given), **given}
     notices = notices_of(flags, given) + _method_notices(given)
     if "source_path" not in given and not values.get("doctor"):
-        raise InputError("train.py has no data: give the folder of a COLMAP data set with -s FOLDER (--help lists all)")
+        raise InputError("train.py has no data: give the folder of a data set with -s FOLDER (--help lists all)")
     if "source_path" in given:
         values["source_path"] = given["source_path"].expanduser().absolute()
     if not values.get("doctor"):

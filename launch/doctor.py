@@ -173,8 +173,8 @@ def data_findings(config: TrainConfig) -> list[Finding]:
         memory_finding([(camera.width, camera.height) for camera in cameras], config.pipeline.image_cache_gb),
     ]
     findings += [Finding("note", "size", notice) for notice in notices]
-    if not model.eval:
-        findings.append(Finding("note", "split", "every view is trained on; --eval holds every 8th back for measuring"))
+    if not scene.test:
+        findings.append(Finding("note", "split", "every view is trained on; --eval holds some back for measuring"))
     return findings
 
 

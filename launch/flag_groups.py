@@ -23,24 +23,30 @@ class ModelConfig:
     """Data and model: what is reconstructed, from which images, and where it goes."""
 
     source_path: Path = flag(Path(), source="3DGS", short="-s")
-    """Folder of the data set: COLMAP's sparse/0 and the image folder. Required for training."""
+    """Folder of the data set: COLMAP's sparse/0 and the image folder, or transforms_train.json and transforms_test.json
+    (NeRF-synthetic, MatrixCity). Required for training."""
     model_path: Path = flag(Path(), source="3DGS", short="-m")
     """Folder for everything that is written. Not given: ./output/ and ten characters (OAR_JOB_ID or random)."""
+    dataset_type: str = flag("auto", choices=("auto", "colmap", "blender", "matrixcity"))
+    """Format of the data set. auto: a COLMAP model if there is one; else transforms_train.json, which is MatrixCity's
+    when it has focal lengths in pixels, lenses of single frames or photos outside the folder, else Blender's."""
     images: str = flag("images", source="3DGS", short="-i")
-    """Folder of the images inside the data set, for example images_4; intrinsics are scaled to its true size."""
+    """Folder of the images inside a COLMAP data set, for example images_4; intrinsics are scaled to its true size."""
     resolution: int = flag(-1, source="3DGS", short="-r", minimum=-1)
     """1, 2, 4 or 8 divides the image size; -1 reduces images wider than 1600 pixels to 1600; any other number is the
     width in pixels."""
     eval: bool = flag(False, source="3DGS")
-    """Holds every --llffhold-th image (sorted by name) back as test set."""
+    """Holds every --llffhold-th image (sorted by name) back as test set; in Blender scenes the frames of
+    transforms_test.json, which are trained on without it. MatrixCity's test frames are always held back."""
     llffhold: int = flag(8, source="Grendel", minimum=1, unit="images")
-    """Period of the test images with --eval; stored with the model, so render.py needs no repetition."""
+    """Period of the test images of COLMAP data sets; stored with the model, so render.py needs no repetition."""
     num_train_cameras: int = flag(-1, source="Grendel", minimum=-1, unit="images")
     """Uses only the first so many training images; -1: all."""
     num_test_cameras: int = flag(-1, source="Grendel", minimum=-1, unit="images")
     """Uses only the first so many test images; -1: all."""
     white_background: bool = flag(False, source="3DGS", short="-w")
-    """White instead of black behind the scene, in training, evaluation and behind transparent images."""
+    """White instead of black behind the scene, in training, evaluation and behind transparent images. The usual choice
+    for NeRF-synthetic."""
     sh_degree: int = flag(3, source="3DGS", minimum=0, maximum=3)
     """Highest degree of the spherical harmonics that model view-dependent colour."""
     data_device: str = flag(

@@ -28,23 +28,36 @@ def find_model(source: Path) -> Path:
         raise InputError(
             f"The scene folder {source} {what}. Set --source_path (-s) to a folder with images/ and sparse/0/."
         )
-    for name in MODEL_FOLDERS:
-        folder = source / name
-        if any((folder / f"cameras.{suffix}").is_file() for suffix in ("bin", "txt")):
-            return folder
+    folder = _model_folder(source)
+    if folder is not None:
+        return folder
     raise InputError(
         f"{source} holds no COLMAP model (looked for cameras.bin and cameras.txt in {', '.join(MODEL_FOLDERS)}). "
         + _advice_without_model(source)
     )
 
 
+def has_model(source: Path) -> bool:
+    """Whether a folder below `source` holds a sparse model, as `find_model` looks for it."""
+    return _model_folder(source) is not None
+
+
+def _model_folder(source: Path) -> Path | None:
+    for name in MODEL_FOLDERS:
+        folder = source / name
+        if any((folder / f"cameras.{suffix}").is_file() for suffix in ("bin", "txt")):
+            return folder
+    return None
+
+
 def _advice_without_model(source: Path) -> str:
-    for name in ("transforms_train.json", "transforms.json"):
-        if (source / name).is_file():
-            return (
-                f"Its {name} says that it is a Blender/NeRF data set: these are not supported yet. Use a COLMAP model "
-                "of the same images."
-            )
+    if (source / "transforms_train.json").is_file():
+        return "It has a transforms_train.json: leave out --dataset_type colmap to read that."
+    if (source / "transforms.json").is_file():
+        return (
+            "Its transforms.json holds poses without a split: write them as transforms_train.json and "
+            "transforms_test.json, or use a COLMAP model of the same images."
+        )
     photos = next((folder for folder in (source / "images", source) if _has_photos(folder)), None)
     if photos is None:
         return "It has no photos either: put them into its folder images/ first."

@@ -1,41 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns a folder with photos and a COLMAP model into a `Scene`: cameras at their trained size, split, points, extent.
+"""Turns a folder with posed photos into a `Scene`: cameras at their trained size, split, points, extent.
 
-Reads image headers only, decodes no pixels, and never writes into the folder.
+COLMAP models are read here; `scene/blender.py` and `scene/matrixcity.py` read the other formats. Reads image headers
+only, decodes no pixels, and never writes into the folder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from scene.blender import POINTS_FILE, read_blender
 from scene.cameras import Camera, rotation_from_quaternion
-from scene.colmap import find_model, read_model
+from scene.colmap import find_model, has_model, read_model
 from scene.colmap_records import ColmapCamera, ColmapImage, ColmapModel
-from scene.errors import InputError, list_problems
-from scene.photo import read_size
+from scene.errors import InputError
+from scene.matrixcity import FOCAL_KEYS, read_matrixcity
+from scene.photo_cameras import PhotoCheck, Pinhole, PosedPhoto, check_photos
+from scene.point_cloud import PointCloud
+from scene.transforms import TRAIN_FILE, read_transforms
 
-WIDEST_DEFAULT = 1600  # pixels; 3DGS reduces wider photos unless told otherwise
-DIVISORS = (1, 2, 4, 8)
-_HEADER_THREADS = 8
-
-
-@dataclass(frozen=True, eq=False)
-class PointCloud:
-    """The points of the sparse model: `xyz` (P, 3) float32 in world units, `rgb` (P, 3) uint8; P >= 1."""
-
-    xyz: np.ndarray
-    rgb: np.ndarray
+DATASET_TYPES = ("auto", "colmap", "blender", "matrixcity")
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A posed photo collection; both splits are sorted by image name; `extent` is in world units and positive."""
+    """A posed photo collection; `extent` is in world units and positive.
+
+    Both splits are sorted by image name in COLMAP scenes, and in the order of transforms_*.json otherwise, as in 3DGS.
+    """
 
     source: Path
     train: tuple[Camera, ...]
@@ -49,17 +45,19 @@ class SceneOptions:
     """How to read a scene; the fields have the names and meanings of the command line's flags."""
 
     images: str = "images"
-    """Folder of the photos below the source folder."""
+    """Folder of the photos below the source folder (COLMAP only)."""
     resolution: int = -1
     """1, 2, 4, 8: divide the size; -1: reduce to a width of 1600 pixels if wider; other: width in pixels."""
     eval: bool = False
-    """Hold out every `llffhold`-th image, in order of names, for testing."""
+    """Hold images out for testing: every `llffhold`-th in order of names (COLMAP), those of transforms_test.json."""
     llffhold: int = 8
-    """Period of the test images, at least 2."""
+    """Period of the test images of COLMAP scenes, at least 2."""
     num_train_cameras: int = -1
     """Use only the first so many training images; -1: all."""
     num_test_cameras: int = -1
     """Use only the first so many test images; -1: all."""
+    dataset_type: str = "auto"
+    """One of `DATASET_TYPES`; auto: see `find_type`."""
 
 
 def load_scene(
@@ -68,7 +66,7 @@ def load_scene(
     """Returns the scene in `source`.
 
     Args:
-        source: folder with photos and a COLMAP model (sparse/0, sparse or colmap/sparse/0).
+        source: folder with photos and a COLMAP model (sparse/0, sparse or colmap/sparse/0), or transforms_train.json.
         options: see `SceneOptions`.
         notify: receives at most one sentence for each thing that is done without having been asked for.
         progress: show a bar on stderr when reading takes longer than two seconds.
@@ -77,17 +75,113 @@ def load_scene(
         InputError: something in the folder or the options cannot be used; all bad images are listed in one error.
     """
     _check_options(options)
+    check = PhotoCheck(options.resolution, notify, progress)
     try:
-        model = _read_usable_model(source)
-        cameras = _load_cameras(model, _image_folder(source, options.images), options.resolution, notify, progress)
+        kind = find_type(source, options.dataset_type)
+        if kind == "colmap":
+            train, test, points = _read_colmap(source, options, check)
+        else:
+            _notify_unused(options, notify)
+            read = read_blender if kind == "blender" else read_matrixcity
+            train, test, points = read(source, check, holds_out=options.eval)
     except OSError as error:
         where = error.filename or source
         raise InputError(
             f"{where} cannot be read: {error.strerror or error}. Check the file and its rights."
         ) from error
-    train, test = split_cameras(cameras, options)
-    points = PointCloud(model.xyz.astype(np.float32), model.rgb)
-    return Scene(source, train, test, points, scene_extent(train, model.xyz))
+    _notify_shared(train, test, notify)
+    used, held_out = _limited(train, test, options)
+    return Scene(source, used, held_out, points, scene_extent(used, points.xyz))
+
+
+def find_type(source: Path, wanted: str) -> str:
+    """Returns colmap, blender or matrixcity for a folder: what is wanted, or with auto what the folder's files say.
+
+    A COLMAP model comes first, as in 3DGS. A transforms_train.json is MatrixCity's when it has focal lengths in pixels,
+    lenses of single frames or photos outside the folder, and Blender's otherwise.
+
+    Raises:
+        InputError: the folder holds nothing of the kind, or may mean two things.
+    """
+    if wanted not in DATASET_TYPES:
+        raise InputError(f"--dataset_type {wanted}: use one of {', '.join(DATASET_TYPES)}.")
+    transforms = source / TRAIN_FILE
+    if wanted in ("blender", "matrixcity"):
+        if not transforms.is_file():
+            raise InputError(f"{source} has no {TRAIN_FILE}, which --dataset_type {wanted} reads. Check -s FOLDER.")
+        return wanted
+    if wanted == "colmap" or has_model(source) or not transforms.is_file():
+        return "colmap"
+    if _looks_like_a_city(transforms):
+        return "matrixcity"
+    clouds = sorted(path.name for path in source.glob("*.ply"))
+    if clouds and POINTS_FILE not in clouds:
+        raise InputError(
+            f"{source} has {TRAIN_FILE} and {clouds[0]}, but no {POINTS_FILE}: it is not clear where to start. Give "
+            f"--dataset_type matrixcity to start from {clouds[0]}, or --dataset_type blender for random points."
+        )
+    return "blender"
+
+
+def _looks_like_a_city(path: Path) -> bool:
+    """Whether a transforms_train.json has what only MatrixCity's reader understands."""
+    transforms = read_transforms(path)
+    if "fl_x" in transforms.values:
+        return True
+    return any(
+        frame.file_path.startswith("/")
+        or ".." in frame.file_path.split("/")
+        or not frame.values.keys().isdisjoint(FOCAL_KEYS)
+        for frame in transforms.frames
+    )
+
+
+def _notify_unused(options: SceneOptions, notify: Callable[[str], None]) -> None:
+    """Says which options for COLMAP folders were changed in vain."""
+    for name in ("images", "llffhold"):
+        if getattr(options, name) != getattr(SceneOptions, name):
+            notify(f"--{name} has no effect: {TRAIN_FILE} says where the photos are and which are for testing.")
+
+
+def _notify_shared(train: Sequence[Camera], test: Sequence[Camera], notify: Callable[[str], None]) -> None:
+    """Says when test views are trained on, which makes their measures meaningless."""
+    trained = {camera.image_path for camera in train}
+    shared = sum(camera.image_path in trained for camera in test)
+    if shared:
+        notify(
+            f"{shared} of {len(test)} test views are training views, too: their measures say nothing about new views."
+        )
+
+
+def _read_colmap(
+    source: Path, options: SceneOptions, check: PhotoCheck
+) -> tuple[list[Camera], list[Camera], PointCloud]:
+    """Returns the training cameras, the test cameras and the points of a COLMAP scene."""
+    if options.eval and options.llffhold < 2:
+        raise InputError(
+            f"--llffhold {options.llffhold}: it is the period of the test images, so it must be at least 2 (default 8)."
+        )
+    model = _read_usable_model(source)
+    folder = _image_folder(source, options.images)
+    images = sorted(model.images, key=lambda image: image.name)
+    cameras = check_photos(
+        [_posed_photo(image, model.cameras[image.camera_id], folder) for image in images],
+        check,
+        root=folder,
+        headline=f"Images of the COLMAP model cannot be used with the folder {folder}",
+        fix="Put the right files there, choose another folder with --images, or take them out of the model "
+        "(colmap image_deleter).",
+    )
+    is_test = [options.eval and index % options.llffhold == 0 for index in range(len(cameras))]
+    train = [camera for camera, held_out in zip(cameras, is_test, strict=True) if not held_out]
+    test = [camera for camera, held_out in zip(cameras, is_test, strict=True) if held_out]
+    return train, test, PointCloud(model.xyz.astype(np.float32), model.rgb)
+
+
+def _posed_photo(image: ColmapImage, camera: ColmapCamera, folder: Path) -> PosedPhoto:
+    lens = Pinhole(camera.width, camera.height, camera.fx, camera.fy, camera.cx, camera.cy)
+    rotation = rotation_from_quaternion(image.quaternion)
+    return PosedPhoto(image.name, folder / image.name, lambda width, height: lens, rotation, image.translation)
 
 
 def _read_usable_model(source: Path) -> ColmapModel:
@@ -102,25 +196,25 @@ def _read_usable_model(source: Path) -> ColmapModel:
     return model
 
 
-def split_cameras(cameras: Sequence[Camera], options: SceneOptions) -> tuple[tuple[Camera, ...], tuple[Camera, ...]]:
-    """Returns (train, test) of cameras sorted by name: with `eval`, index % llffhold == 0 is for testing.
+def _limited(
+    train: Sequence[Camera], test: Sequence[Camera], options: SceneOptions
+) -> tuple[tuple[Camera, ...], tuple[Camera, ...]]:
+    """Returns (train, test) cut to --num_train_cameras and --num_test_cameras.
 
     Raises:
         InputError: no training view is left, or no test view although `eval` asks for them.
     """
-    is_test = [options.eval and index % options.llffhold == 0 for index in range(len(cameras))]
-    train = [camera for camera, held_out in zip(cameras, is_test, strict=True) if not held_out]
-    test = [camera for camera, held_out in zip(cameras, is_test, strict=True) if held_out]
+    number = len(train) + len(test)
     train = train[: _limit(options.num_train_cameras, train)]
     test = test[: _limit(options.num_test_cameras, test)]
     if not train:
         raise InputError(
-            f"No training view is left of {len(cameras)} images (--eval {options.eval}, --llffhold {options.llffhold}, "
+            f"No training view is left of {number} images (--eval {options.eval}, --llffhold {options.llffhold}, "
             f"--num_train_cameras {options.num_train_cameras}). Add photos, or train without --eval."
         )
     if options.eval and not test:
         raise InputError(
-            f"--eval asks for test views, but none of {len(cameras)} images is one (--num_test_cameras "
+            f"--eval asks for test views, but none of {number} images is one (--num_test_cameras "
             f"{options.num_test_cameras}). Raise --num_test_cameras, or train without --eval."
         )
     return tuple(train), tuple(test)
@@ -142,14 +236,6 @@ def scene_extent(train: Sequence[Camera], xyz: np.ndarray) -> float:
     return depth if depth > 0 else 1.0
 
 
-def training_size(width: int, height: int, resolution: int) -> tuple[int, int]:
-    """Returns the trained (width, height) in pixels of a photo of that size by the 3DGS rule for --resolution."""
-    if resolution in DIVISORS:
-        return round(width / resolution), round(height / resolution)
-    target = min(width, WIDEST_DEFAULT) if resolution == -1 else resolution
-    return target, height * target // width
-
-
 def _limit(number: int, cameras: Sequence[Camera]) -> int:
     return len(cameras) if number == -1 else number
 
@@ -157,10 +243,6 @@ def _limit(number: int, cameras: Sequence[Camera]) -> int:
 def _check_options(options: SceneOptions) -> None:
     if options.resolution != -1 and options.resolution < 1:
         raise InputError(f"--resolution {options.resolution}: use 1, 2, 4, 8, -1 (default), or a width in pixels.")
-    if options.eval and options.llffhold < 2:
-        raise InputError(
-            f"--llffhold {options.llffhold}: it is the period of the test images, so it must be at least 2 (default 8)."
-        )
     for name in ("num_train_cameras", "num_test_cameras"):
         if getattr(options, name) < -1:
             raise InputError(f"--{name} {getattr(options, name)}: use a number of images, or -1 for all.")
@@ -173,88 +255,3 @@ def _image_folder(source: Path, name: str) -> Path:
         hint = f"There is {', '.join(others)}: choose with --images." if others else "Set --images (-i) to their place."
         raise InputError(f"The folder of the photos, {folder}, does not exist. {hint}")
     return folder
-
-
-def _load_cameras(
-    model: ColmapModel, folder: Path, resolution: int, notify: Callable[[str], None], progress: bool
-) -> list[Camera]:
-    """Returns all cameras sorted by name, after checking every image's header."""
-    images = sorted(model.images, key=lambda image: image.name)
-    root = folder.resolve()
-
-    def build(image: ColmapImage) -> Camera | str:
-        return _make_camera(image, model.cameras[image.camera_id], root, folder, resolution)
-
-    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-        results = pool.map(build, images)
-        built = list(tqdm(results, "Checking images", len(images), unit="image", delay=2.0, disable=not progress))
-    problems = [item for item in built if isinstance(item, str)]
-    if problems:
-        raise list_problems(
-            f"Images of the COLMAP model cannot be used with the folder {folder}",
-            problems,
-            "Put the right files there, choose another folder with --images, or take them out of the model "
-            "(colmap image_deleter).",
-        )
-    cameras = [item for item in built if isinstance(item, Camera)]
-    _notify_reduction(cameras, model, resolution, notify)
-    return cameras
-
-
-def _notify_reduction(
-    cameras: Sequence[Camera], model: ColmapModel, resolution: int, notify: Callable[[str], None]
-) -> None:
-    """Says once that wide photos are reduced; trained widths of exactly 1600 need a second look at the file."""
-    if resolution != -1:
-        return
-    candidates = (camera.image_path for camera in cameras if camera.width == WIDEST_DEFAULT)
-    wide = sum(read_size(path)[0] > WIDEST_DEFAULT for path in candidates)
-    if wide:
-        notify(
-            f"{wide} of {len(cameras)} images are wider than {WIDEST_DEFAULT} pixels and are reduced to that width; "
-            "--resolution 1 keeps their size."
-        )
-
-
-def _make_camera(image: ColmapImage, camera: ColmapCamera, root: Path, folder: Path, resolution: int) -> Camera | str:
-    """Returns the camera of an image, or what is wrong with its file."""
-    path = folder / image.name
-    try:
-        if not path.resolve().is_relative_to(root):
-            return f"{image.name}: a link leads out of the image folder"
-        if not path.is_file():
-            return f"{image.name}: the file does not exist"
-        found = read_size(path)
-    except (OSError, RuntimeError) as error:  # unreadable folder; ring of links
-        return f"{image.name}: {error}"
-    except InputError as error:
-        return str(error)
-    if not _same_shape(found, (camera.width, camera.height)):
-        return f"{image.name}: the image has {found[0]}x{found[1]} pixels, its camera {camera.width}x{camera.height}"
-    width, height = training_size(*found, resolution)
-    if width < 1 or height < 1:
-        return f"{image.name}: nothing is left of its {found[0]}x{found[1]} pixels with --resolution {resolution}"
-    return _scaled_camera(image, camera, path, width, height)
-
-
-def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether two sizes can be scalings of each other: equal within one pixel of the smaller, in width or in height."""
-    small, large = sorted((one, other))
-    return abs(large[1] * small[0] / large[0] - small[1]) <= 1 or abs(large[0] * small[1] / large[1] - small[0]) <= 1
-
-
-def _scaled_camera(image: ColmapImage, camera: ColmapCamera, path: Path, width: int, height: int) -> Camera:
-    """Returns the camera with its intrinsics scaled by the true ratio of sizes, principal point included."""
-    scale_x, scale_y = width / camera.width, height / camera.height
-    return Camera(
-        name=image.name,
-        image_path=path,
-        width=width,
-        height=height,
-        fx=camera.fx * scale_x,
-        fy=camera.fy * scale_y,
-        cx=camera.cx * scale_x,
-        cy=camera.cy * scale_y,
-        rotation=rotation_from_quaternion(image.quaternion),
-        translation=image.translation,
-    )

@@ -17,7 +17,21 @@ from scene.cameras import Camera
 from scene.errors import InputError, list_problems
 from scene.photo import read_photo
 
-IMAGE_FIX = "Replace these files, or take them out of the COLMAP model (colmap image_deleter)."
+IMAGE_FIX = "Replace these files, or take them out of the COLMAP model (colmap image_deleter) or of transforms_*.json."
+
+
+def on_background(pixels: Tensor, background: Tensor) -> Tensor:
+    """Returns RGB pixels, (rows, width, 3) uint8, of what `ImageStore.fetch` gave.
+
+    Args:
+        pixels: (rows, width, 3 or 4) uint8; with four channels, colours times alpha and alpha. Three are returned as
+            they are.
+        background: (3,) float32 in 0..1, what is seen through transparent pixels; on any device.
+    """
+    if pixels.shape[2] == 3:
+        return pixels
+    behind = background.to(pixels.device) * (255 - pixels[..., 3:]).float()
+    return (pixels[..., :3].float() + behind).round().clamp(max=255).to(torch.uint8)
 
 
 class ImageStore:
@@ -31,11 +45,15 @@ class ImageStore:
         self,
         cameras: Sequence[Camera],
         *,
-        background: tuple[float, float, float] = (0.0, 0.0, 0.0),
+        background: tuple[float, float, float] | None = (0.0, 0.0, 0.0),
         byte_budget: int = 8 << 30,
         num_threads: int = 2,
     ) -> None:
-        """Decodes nothing yet. `background` (RGB in 0..1) is what images with alpha are composited on."""
+        """Decodes nothing yet.
+
+        `background` (RGB in 0..1) is what images with alpha are composited on; with None they keep their alpha, so that
+        `on_background` can put them on another colour at every step.
+        """
         self._cameras = tuple(cameras)
         self._background = background
         self._byte_budget = byte_budget
@@ -59,7 +77,8 @@ class ImageStore:
     def fetch(self, index: int, row_start: int = 0, row_stop: int | None = None) -> Tensor:
         """Returns rows [row_start, row_stop) of a photo: (rows, width, 3) uint8, contiguous, on the CPU.
 
-        The tensor shares memory with the store: read it, never write to it. Zero rows are legal.
+        Photos that keep their alpha have four channels, see `on_background`. The tensor shares memory with the store:
+        read it, never write to it. Zero rows are legal.
 
         Raises:
             IndexError: no such camera or rows outside the image.
@@ -112,7 +131,9 @@ class ImageStore:
             self._cached_bytes = 0
 
     def _num_bytes(self, index: int) -> int:
-        return 3 * self._cameras[index].width * self._cameras[index].height
+        """Returns the most that a decoded photo can take."""
+        channels = 3 if self._background is not None else 4
+        return channels * self._cameras[index].width * self._cameras[index].height
 
     def _start_preload(self) -> list[Future[Tensor]]:
         room, started = self._byte_budget, []

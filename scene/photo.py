@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads one image file into RGB bytes, or refuses it with a reason. Knows neither cameras nor caches.
+"""Reads one image file into RGB or RGBA bytes, or refuses it with a reason. Knows neither cameras nor caches.
 
 Pixels are taken as they are stored: an EXIF orientation is ignored, as COLMAP ignores it.
 """
@@ -48,11 +48,13 @@ def read_size(path: Path) -> tuple[int, int]:
         raise InputError(f"{path}: {_reason(error)}") from error
 
 
-def read_photo(path: Path, size: tuple[int, int], background: tuple[float, float, float]) -> np.ndarray:
-    """Returns the image as (height, width, 3) uint8 at `size` = (width, height) pixels.
+def read_photo(path: Path, size: tuple[int, int], background: tuple[float, float, float] | None) -> np.ndarray:
+    """Returns the image as (height, width, 3 or 4) uint8 at `size` = (width, height) pixels.
 
     Alpha is composited on `background` (RGB in 0..1), then the image is resized with Pillow's bicubic filter, as in
-    3DGS. Grey, palette, CMYK and 16-bit grey images (of which the upper 8 bits count) are converted.
+    3DGS. With None, an image that is transparent somewhere keeps its alpha as fourth channel, and its colours are
+    multiplied with it (which is what resizing needs); images without transparency have three channels in any case.
+    Grey, palette, CMYK and 16-bit grey images (of which the upper 8 bits count) are converted.
 
     Raises:
         InputError: the file is missing, truncated, damaged, or of a kind that has no 8-bit RGB form.
@@ -62,7 +64,9 @@ def read_photo(path: Path, size: tuple[int, int], background: tuple[float, float
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.format == "PNG":
                 _check_png_pixels(data)
-            rgb = _to_rgb(image, background)
+            if background is None and image.has_transparency_data:
+                return _premultiplied(image.convert("RGBA"), size)
+            rgb = _to_rgb(image, background or (0.0, 0.0, 0.0))
             return np.array(rgb if rgb.size == size else rgb.resize(size))
     except _DAMAGE as error:
         raise InputError(f"{path}: {_reason(error)}") from error
@@ -94,6 +98,19 @@ def _composite(image: Image.Image, background: tuple[float, float, float]) -> Im
     behind = np.array(background, np.float32) * np.float32(255)
     mixed = pixels[..., :3] * alpha + behind * (1 - alpha)
     return Image.fromarray(np.rint(mixed).clip(0, 255).astype(np.uint8))
+
+
+def _premultiplied(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Returns (height, width, 4) uint8, colours times alpha, or the three colours where no pixel is transparent."""
+    pixels = np.asarray(image)
+    alpha = pixels[..., 3]
+    if alpha.min() == 255:
+        return np.array(image.convert("RGB").resize(size))
+    colors = np.rint(pixels[..., :3] * (alpha[..., None] / np.float32(255))).astype(np.uint8)
+    parts = [Image.fromarray(part).resize(size) for part in (colors, alpha)]
+    # The filter overshoots at edges; no colour may exceed its alpha.
+    kept = np.asarray(parts[1])[..., None]
+    return np.concatenate([np.minimum(np.asarray(parts[0]), kept), kept], axis=2)
 
 
 def _check_png_pixels(data: bytes) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
-from scene.dataset import PointCloud
+from scene.point_cloud import PointCloud
 
 SH_C0 = 0.28209479177387814  # value of the constant spherical harmonic
 INITIAL_OPACITY = 0.1

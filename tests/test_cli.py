@@ -32,7 +32,7 @@ PICKED = (SceneOptions, DensityConfig, MaskConfig)
 TRAIN_FLAGS = """
 adjust_strategy_warmp_iterations antialiasing auto_start_checkpoint backend border_divpos_coeff bsz
 check_cpu_memory check_gpu_memory checkpoint_iterations compute_cov3D_python convert_SHs_python data_device
-debug debug_from densification_interval densify_from_iter densify_grad_threshold densify_iteration
+dataset_type debug debug_from densification_interval densify_from_iter densify_grad_threshold densify_iteration
 densify_memory_limit_percentage densify_until_iter depth_l1_weight_final depth_l1_weight_init depths
 detect_anomaly disable_auto_densification disable_viewer distributed_dataset_storage distributed_save doctor
 drop_duplicate_gaussians_coeff drop_initial_3dgs_p enable_timer end2end_time eval exposure_lr_delay_mult
@@ -54,7 +54,7 @@ use_importance_mask wandb_run_name white_background zhx_debug zhx_time
 RENDER_FLAGS = """
 adjust_strategy_warmp_iterations alpha antialiasing auto_start_checkpoint backend border_divpos_coeff bsz
 check_cpu_memory check_gpu_memory checkpoint_iterations compute_cov3D_python convert_SHs_python data_device
-debug debug_from depth depths detect_anomaly disable_viewer distributed_dataset_storage distributed_load
+dataset_type debug debug_from depth depths detect_anomaly disable_viewer distributed_dataset_storage distributed_load
 distributed_save drop_duplicate_gaussians_coeff drop_initial_3dgs_p enable_timer end2end_time eval
 gaussians_distribution generate_num grad_normalization_mode heuristic_decay image_cache_gb image_distribution
 image_distribution_mode images ip iteration l llffhold local_sampling log_folder log_interval log_memory_summary
@@ -201,7 +201,7 @@ def test_settings_are_the_papers_and_given_flags_win() -> None:
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
-        ("-m out", "no data: give the folder of a COLMAP data set with -s"),
+        ("-m out", "no data: give the folder of a data set with -s"),
         ("-s ''", "argument -s/--source_path: invalid path value"),
         ("-s data --iterations 0", "--iterations 0 is impossible: give a number of at least 1"),
         ("-s data --bsz 0", "--bsz 0 is impossible"),

@@ -139,8 +139,11 @@ def test_folders_without_a_model_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--images \.") as error:
         find_model(tmp_path / "photos of mine")
     assert f"--workspace_path '{tmp_path / 'photos of mine'}'" in str(error.value)
+    (tmp_path / "transforms.json").write_text("{}")
+    with pytest.raises(InputError, match="write them as transforms_train.json and transforms_test.json"):
+        find_model(tmp_path)
     (tmp_path / "transforms_train.json").write_text("{}")
-    with pytest.raises(InputError, match="Blender/NeRF data set.*not supported yet"):
+    with pytest.raises(InputError, match="leave out --dataset_type colmap"):
         find_model(tmp_path)
 
 

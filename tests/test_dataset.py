@@ -13,8 +13,9 @@ from PIL import Image
 
 from colmap_builder import CameraRow, Model, build_model, write_binary, write_photos, write_text
 from scene.cameras import Camera
-from scene.dataset import SceneOptions, load_scene, scene_extent, training_size
+from scene.dataset import SceneOptions, load_scene, scene_extent
 from scene.errors import InputError
+from scene.photo_cameras import training_size
 
 
 def load(source: Path, **options: object):

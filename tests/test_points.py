@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scene.dataset import PointCloud, SceneOptions, load_scene
+from scene.dataset import SceneOptions, load_scene
+from scene.point_cloud import PointCloud
 from scene.points import initial_gaussians, mean_squared_distances
 
 
