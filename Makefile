@@ -21,7 +21,7 @@ TEST_READY := $(VENV)/.ready-tests
 LPIPS_READY := $(VENV)/.ready-lpips
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-baseline test test-slow lint types bench lpips doctor setup constraints clean
+.PHONY: help demo demo-baseline test test-slow lint types bench kernels lpips doctor setup constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -43,6 +43,9 @@ types: $(TEST_READY)  ## check the types
 
 bench: $(TEST_READY)  ## measure the speed of the CPU body
 	@$(BIN)/python -m bench.rasterize_cpu $(ARGS)
+
+kernels: $(RUN_READY)  ## compile the CUDA kernels ahead of their first use (for another GPU: ARGS="--architecture sm_90a")
+	@$(BIN)/python -m masksplat.cuda $(ARGS)
 
 demo-baseline: $(RUN_READY)  ## train the demo with masks off and record what it keeps (maintainers)
 	@$(BIN)/python -m launch.demo --output "$(OUT)" --record-baseline $(ARGS)

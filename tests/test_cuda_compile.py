@@ -221,13 +221,16 @@ def test_damaged_entries_are_compiled_again(tmp_path: Path, sources: Path, monke
 
 
 WRITER = """
+import importlib.util
 import sys
 from pathlib import Path
-from masksplat.cuda.compiler import read_entry, write_entry
-path, code = Path(sys.argv[1]), b"\\x7fELF" + bytes([int(sys.argv[2])]) * 300_000
-for _ in range(150):
-    write_entry(path, code)
-    found = read_entry(path)
+specification = importlib.util.spec_from_file_location("compiler", sys.argv[1])  # without torch: it starts sooner
+compiler = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(compiler)
+path, code = Path(sys.argv[2]), b"\\x7fELF" + bytes([int(sys.argv[3])]) * 200_000
+for _ in range(100):
+    compiler.write_entry(path, code)
+    found = compiler.read_entry(path)
     assert found is not None and len(set(found[4:])) == 1 and len(found) == len(code)
 """
 
@@ -235,9 +238,8 @@ for _ in range(150):
 def test_writers_and_readers_at_once(tmp_path: Path) -> None:
     """Every process that looks finds a whole entry, whoever wrote it, and nothing is left behind."""
     path = tmp_path / "cache" / "probe-sm_90a-0.cubin"
-    environment = {**os.environ, "PYTHONPATH": str(Path(compiler.__file__).parents[2])}
-    command_line = [sys.executable, "-c", WRITER, str(path)]
-    writers = [subprocess.Popen([*command_line, str(number)], env=environment) for number in range(1, 5)]
+    command_line = [sys.executable, "-c", WRITER, compiler.__file__, str(path)]
+    writers = [subprocess.Popen([*command_line, str(number)]) for number in range(1, 5)]
     assert [writer.wait(timeout=120) for writer in writers] == [0] * 4
     assert list(path.parent.iterdir()) == [path]
 
@@ -271,7 +273,7 @@ def test_the_default_place_is_the_users_cache() -> None:
 
 def test_a_missing_cuda_core_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.core", None)
-    with pytest.raises(CudaUnavailableError, match=r'needs cuda-core.*pip install "cuda-core\[cu13\]"'):
+    with pytest.raises(CudaUnavailableError, match=r'needs cuda-core.*pip install cuda-core "cuda-b'):
         compiler.load_cuda_core()
 
 
@@ -286,12 +288,12 @@ def test_a_missing_nvrtc_is_named_with_the_command(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("built_for", "package"), [("12.8", "nvidia-cuda-nvrtc-cu12"), ("13.0", '"nvidia-cuda-nvrtc<14"')]
+    ("built_for", "package"), [("12.8", "nvidia-cuda-nvrtc-cu12==12.*"), ("13.0", "nvidia-cuda-nvrtc==13.*")]
 )
 def test_the_command_fits_torch(monkeypatch: pytest.MonkeyPatch, built_for: str, package: str) -> None:
     monkeypatch.setattr("torch.version.cuda", built_for)
-    assert compiler.install_command().endswith(package)
-    assert f"[cu{built_for[:2]}]" in compiler.install_command()
+    assert f'"{package}"' in compiler.install_command()
+    assert f'"cuda-bindings=={built_for[:2]}.*"' in compiler.install_command()
 
 
 # --- the command

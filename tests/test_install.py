@@ -106,6 +106,69 @@ def test_pins_hold_every_dependency_but_torch() -> None:
         assert {"numpy", "numba", "scipy", "pillow", "safetensors", "tqdm", "psutil", "setuptools", "pytest"} <= names
 
 
+GPU, NO_GPU = Machine("Linux", has_nvidia_driver=True), Machine("Linux", has_nvidia_driver=False)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "machine", "extras", "expected"),
+    [
+        ("13.0", GPU, "view", "[cuda]"),
+        ("12.8", GPU, "view", "[cuda12]"),
+        ("11.8", GPU, "view", "[cuda12]"),
+        ("", GPU, "view", ""),  # a torch without CUDA, chosen by the user
+        ("", NO_GPU, "view", ""),
+        ("", NO_GPU, "view,tests,lint", "[cuda]"),
+        ("12.8", NO_GPU, "tests", "[cuda12]"),
+    ],
+)
+def test_the_kernels_compiler_is_installed_where_it_is_of_use(
+    cuda: str, machine: Machine, extras: str, expected: str
+) -> None:
+    assert install.kernel_extra(cuda, machine, extras) == expected
+    text = (ROOT / "submodules" / "masksplat" / "pyproject.toml").read_text("utf-8")
+    assert expected == "" or f"\n{expected.strip('[]')} = [" in text
+
+
+def test_the_compiler_is_held_unless_torch_brings_one(tmp_path: Path) -> None:
+    """With a torch for CUDA the pins would contradict torch's own."""
+    (tmp_path / "constraints").mkdir()
+    pins = tmp_path / "constraints" / "compiler-python3.11.txt"
+    pins.write_text("nvidia-cuda-nvrtc==13.5.37\n", encoding="utf-8")
+    answers = 'case "$2" in *torch*) echo {};; *) echo 3.11;; esac'
+    without = script(tmp_path / "cpu", answers.format(""))
+    assert install.torch_cuda(without) == ""
+    assert install.compiler_constraints(without, tmp_path) == ["--constraint", str(pins)]
+    with_cuda = script(tmp_path / "gpu", answers.format("13.0"))
+    assert install.torch_cuda(with_cuda) == "13.0"
+    assert install.compiler_constraints(with_cuda, tmp_path) == []
+
+
+def test_extras_reach_pip(tmp_path: Path) -> None:
+    python, log = fake_python(tmp_path, "2.13.0", 0)
+    install.install_project(python, ["--constraint", "pins.txt"], "view,tests", "[cuda]")
+    call = log.read_text(encoding="utf-8").splitlines()[-1]
+    assert "masksplat[cuda] " in call and call.split("--editable")[-1].split()[0].endswith("[view,tests]")
+
+
+def test_frozen_versions_become_pins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen = [
+        "cuda-bindings==13.5.0",
+        "cuda-core==1.2.2",
+        "numpy==2.4.6",
+        "nvidia-cuda-nvrtc==13.5.37",
+        "torch==2.13.0",
+    ]
+    lines = "".join(f"{line}\\n" for line in frozen)
+    body = f'case "$2" in *torch*) echo;; pip) printf "{lines}";; *) echo 3.11;; esac'
+    python = script(tmp_path / "python", body)
+    (tmp_path / "constraints").mkdir()
+    monkeypatch.setattr(install, "ROOT", tmp_path)
+    pins = install.write_constraints(python)
+    assert pins.read_text("utf-8").splitlines()[1:] == ["cuda-core==1.2.2", "numpy==2.4.6"]
+    compiler = pins.with_name("compiler-python3.11.txt")
+    assert compiler.read_text("utf-8").splitlines()[1:] == ["cuda-bindings==13.5.0", "nvidia-cuda-nvrtc==13.5.37"]
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="this machine has no make")
 def test_make_refuses_an_old_or_missing_python(tmp_path: Path) -> None:
     def setup(python: str) -> subprocess.CompletedProcess[str]:
@@ -123,5 +186,5 @@ def test_make_refuses_an_old_or_missing_python(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="this machine has no make")
 def test_make_lists_its_targets() -> None:
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("demo", "test", "lint", "types", "bench", "lpips", "doctor", "clean"):
+    for target in ("demo", "test", "lint", "types", "bench", "kernels", "lpips", "doctor", "clean"):
         assert f"make {target} " in listed

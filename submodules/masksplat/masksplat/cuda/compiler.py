@@ -71,8 +71,8 @@ def install_command() -> str:
     import torch  # imported here: compiling needs no torch
 
     if (torch.version.cuda or "13").split(".")[0] == "12":
-        return 'pip install "cuda-core[cu12]" nvidia-cuda-nvrtc-cu12'
-    return 'pip install "cuda-core[cu13]" "nvidia-cuda-nvrtc<14"'
+        return 'pip install cuda-core "cuda-bindings==12.*" "nvidia-cuda-nvrtc-cu12==12.*"'
+    return 'pip install cuda-core "cuda-bindings==13.*" "nvidia-cuda-nvrtc==13.*"'
 
 
 def architecture_name(capability: tuple[int, int]) -> str:
