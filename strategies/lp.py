@@ -129,7 +129,7 @@ class LearnedMask:
         report = EditReport(iteration=event, pruned_mask=len(table) - len(edit), num_gaussians=len(edit))
         yield edit.with_report(report, resets_statistics=False)
         yield from self._settled(table)
-        del table.statistics[IMPORTANCE]
+        table.statistics.pop(IMPORTANCE, None)
         yield untouched_masks(table)
 
     def keep(self, table: GaussianTable) -> Tensor:
