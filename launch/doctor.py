@@ -12,9 +12,11 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from launch.config import TrainConfig, pick
 from launch.machine import available_cores, available_memory, free_disk
@@ -62,7 +64,7 @@ OPTIONAL = (
     Part("pycolmap", "pycolmap", "camera poses from plain photos, undistortion", f"{PIP} pycolmap"),
     Part("tensorboard", "tensorboard", "TensorBoard curves (a later version writes them)", f"{PIP} tensorboard"),
     Part("gsplat", "gsplat", "--backend gsplat on CUDA devices (a later version)", f"{PIP} gsplat packaging ninja"),
-    Part("cuda.core", "cuda-core", "the cuda body without a compiler (a later version)", f"{PIP} cuda-core"),
+    Part("cuda.core", "cuda-core", "training on an NVIDIA GPU (launches the kernels)", f"{PIP} cuda-core"),
 )
 
 
@@ -92,7 +94,7 @@ def run_doctor(config: TrainConfig, show: Callable[[str], None] = print) -> int:
 
 
 def machine_findings(config: TrainConfig) -> list[Finding]:
-    """Python, cores, memory, disk and CUDA."""
+    """Python, cores, memory, disk, and all that CUDA needs."""
     memory, disk = available_memory(), free_disk(config.model.model_path)
     cores = available_cores()
     return [
@@ -100,7 +102,7 @@ def machine_findings(config: TrainConfig) -> list[Finding]:
         Finding("ok", "cores", f"{cores} usable; --threads 0 takes all of them"),
         _bounded("memory", memory, LOW_MEMORY_BYTES, "close other programs, or use --resolution 4"),
         _bounded("disk", disk, LOW_DISK_BYTES, "free some space, or choose another folder with -m"),
-        _cuda_finding(),
+        *cuda_findings(),
     ]
 
 
@@ -109,20 +111,78 @@ def _bounded(name: str, found: int, low: int, remedy: str) -> Finding:
     return Finding("ok", name, text) if found >= low else Finding("note", name, f"{text}, which is little: {remedy}")
 
 
-def _cuda_finding() -> Finding:
+def cuda_findings() -> list[Finding]:
+    """GPUs, driver, the kernels' compiler and where compiled kernels are kept; what each missing one would give."""
     if importlib.util.find_spec("torch") is None:
-        return Finding("note", "cuda", "unknown without torch")
+        return [Finding("note", "gpu", "unknown without torch")]
     import torch  # imported here: the doctor must also work without it
 
-    if torch.cuda.is_available():
-        names = Counter(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-        listed = ", ".join(f"{count} x {name}" for name, count in names.items())
-        return Finding("note", "cuda", f"{listed}: this version still trains on the CPU")
-    built = torch.version.cuda
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
+    return [
+        _gpu_finding([torch.cuda.get_device_name(index) for index in devices], torch.version.cuda),
+        _driver_finding(driver_version(), torch.version.cuda),
+        _compiler_finding({torch.cuda.get_device_capability(index) for index in devices}),
+        _kernel_cache_finding(),
+    ]
+
+
+def _gpu_finding(names: Sequence[str], built: str | None) -> Finding:
+    if names:
+        listed = ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
+        return Finding("ok", "gpu", f"{listed}; torch is built for CUDA {built}")
     why = (
         "this torch is built without CUDA" if built is None else f"torch is built for CUDA {built} but finds no device"
     )
-    return Finding("note", "cuda", f"no device ({why}): training runs on the CPU")
+    return Finding("note", "gpu", f"none usable ({why}): training runs on the CPU")
+
+
+def driver_version() -> str | None:
+    """The version of the NVIDIA driver, None when there is none."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except subprocess.TimeoutExpired:
+        return None
+    return answer.stdout.split()[0] if answer.returncode == 0 and answer.stdout.strip() else None
+
+
+def _driver_finding(version: str | None, built: str | None) -> Finding:
+    if version is None:
+        return Finding("note", "driver", "no NVIDIA driver answers; with one and a GPU, training runs there")
+    if built is None:
+        remedy = f"{PIP.removesuffix('install')}uninstall torch, then make setup"
+        return Finding("note", "driver", f"NVIDIA {version}, but this torch is built without CUDA: {remedy}")
+    return Finding("ok", "driver", f"NVIDIA {version}")
+
+
+def _compiler_finding(capabilities: Collection[tuple[int, int]]) -> Finding:
+    """NVRTC, and whether it compiles for every GPU here."""
+    from masksplat.cuda.compiler import CudaUnavailableError, architecture_name, check_architecture, nvrtc_version
+
+    try:
+        version = nvrtc_version()
+        for capability in capabilities:
+            check_architecture(architecture_name(capability))
+    except CudaUnavailableError as error:
+        return Finding("note", "nvrtc", f"the cuda body cannot be used: {error}")
+    return Finding(
+        "ok", "nvrtc", f"{version}: compiles the CUDA kernels at their first use, or ahead with `make kernels`"
+    )
+
+
+def _kernel_cache_finding() -> Finding:
+    from masksplat.cuda.compiler import KernelCache
+
+    place = KernelCache().place
+    entries = [path.stat().st_size for path in place.glob("*.cubin")] if place.is_dir() else []
+    existing = next(folder for folder in (place, *place.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        detail = f"{place} cannot be written: every process would compile the CUDA kernels again (seconds)"
+        return Finding("note", "kernels", detail)
+    return Finding("ok", "kernels", f"{len(entries)} compiled files, {sum(entries) / 1e6:.1f} MB, in {place}")
 
 
 def required_finding(part: Part) -> Finding:

@@ -21,6 +21,7 @@ from launch.cli import parse_train
 from launch.metrics_log import MetricsLog
 from launch.progress import TrainingProgress, short_count
 from launch.run import tee_output
+from masksplat.cuda import compiler
 from scene.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -231,6 +232,77 @@ def test_doctor_reports_unusable_data(tmp_path: Path) -> None:
     lines: list[str] = []
     assert doctor.run_doctor(parse_train(["--doctor", "-s", str(tmp_path)], {}), lines.append) == 2
     assert any(line.split()[:2] == ["fault", "data"] and "COLMAP" in line for line in lines)
+
+
+def test_doctor_says_what_cuda_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def findings() -> dict[str, tuple[str, str]]:
+        return {finding.name: (finding.status, finding.detail) for finding in doctor.cuda_findings()}
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", None)
+    monkeypatch.setattr(doctor, "driver_version", lambda: None)
+    without = findings()
+    assert without["gpu"] == ("note", "none usable (this torch is built without CUDA): training runs on the CPU")
+    assert without["driver"][0] == "note" and "no NVIDIA driver" in without["driver"][1]
+    monkeypatch.setattr(doctor, "driver_version", lambda: "580.1")
+    assert findings()["driver"][1].endswith("pip uninstall torch, then make setup")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Chip")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    full = findings()
+    assert full["gpu"] == ("ok", "2 x Chip; torch is built for CUDA 13.0")
+    assert full["driver"] == ("ok", "NVIDIA 580.1")
+
+
+def test_doctor_says_why_the_kernels_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def detail() -> str:
+        found = next(finding for finding in doctor.cuda_findings() if finding.name == "nvrtc")
+        assert found.status == "note"
+        return found.detail
+
+    monkeypatch.setattr("masksplat.cuda.compiler.nvrtc_version", lambda: "13.0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Chip")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (7, 0))
+    assert "compute capability 7.0" in detail()
+    monkeypatch.undo()
+    compiler._load_nvrtc.cache_clear()
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    assert "pip install cuda-core" in detail()
+    monkeypatch.undo()
+    compiler._load_nvrtc.cache_clear()
+
+
+def test_doctor_looks_at_the_compiled_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def finding() -> tuple[str, str]:
+        found = next(finding for finding in doctor.cuda_findings() if finding.name == "kernels")
+        return found.status, found.detail
+
+    place = tmp_path / "cache" / "masksplat"
+    monkeypatch.setattr("masksplat.cuda.compiler.DEFAULT_CACHE", place)
+    assert finding() == ("ok", f"0 compiled files, 0.0 MB, in {place}")
+    place.mkdir(parents=True)
+    (place / "a-sm_90a-0.cubin").write_bytes(bytes(2_000_000))
+    assert finding() == ("ok", f"1 compiled files, 2.0 MB, in {place}")
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr("masksplat.cuda.compiler.DEFAULT_CACHE", tmp_path / "file" / "masksplat")
+    assert finding()[0] == "note" and "cannot be written" in finding()[1]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"), [("echo 580.159; echo 580.159", "580.159"), ("exit 9", None), ("echo broken; exit 1", None)]
+)
+def test_the_driver_answers_or_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str, expected: str | None
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{body}\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr("shutil.which", lambda _: str(tool))
+    assert doctor.driver_version() == expected
 
 
 def test_memory_forecast_warns_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,7 +165,7 @@ def compile_source(
         KernelCompileError: with the compiler's messages.
         CudaUnavailableError: when the compiler is missing or does not know the architecture.
     """
-    _check_architecture(architecture)
+    check_architecture(architecture)
     path = folder / f"{name}.cu"
     options = [*OPTIONS, f"-arch={architecture}", f"-I{folder}"]
     options += [f"--ptxas-options={option}" for option in ptxas_options]
@@ -195,7 +195,12 @@ def _compile(path: Path, options: list[str]) -> tuple[bool, bytes, str]:
     return int(status) == 0, bytes(cubin), log.decode(errors="replace").replace("\0", "").strip()
 
 
-def _check_architecture(architecture: str) -> None:
+def check_architecture(architecture: str) -> None:
+    """Check that this NVRTC compiles for an architecture.
+
+    Raises:
+        CudaUnavailableError: when it does not, or is missing.
+    """
     number = int(re.sub(r"\D", "", architecture))
     known = supported_architectures()
     if number not in known:
