@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from masksplat.types import (
@@ -24,7 +25,7 @@ from masksplat.types import (
     Views,
 )
 
-BODY_NAMES = ("auto", "cpu", "reference")
+BODY_NAMES = ("auto", "cuda", "cpu", "reference")
 
 
 class Body(Protocol):
@@ -43,7 +44,8 @@ class Body(Protocol):
     ) -> Splats:
         """Activate, project (EWA), evaluate SH and pack the visible splats of every view.
 
-        `masks` (N,) in [0, 1], default 1; `ids` (N,) int64, default the row number.
+        `masks` (N,) in [0, 1], default 1; `ids` (N,) int64, default the row number. The cuda body leaves unused rows
+        (`Splats.counts`), so that nobody waits for the device; `masksplat.types.compact` removes them.
         """
 
     def project_backward(
@@ -118,12 +120,22 @@ class Body(Protocol):
         """Per packed splat of `view`: maximum and sum over accepted pixels of alpha * T, both (M_view,)."""
 
 
-def get_body(name: str = "auto", *, num_threads: int | None = None) -> Body:
-    """The body called `name`, on `num_threads` CPU threads (default: torch's).
+def get_body(name: str = "auto", *, num_threads: int | None = None, device: torch.device | str | None = None) -> Body:
+    """The body called `name`; "auto" is cuda for a CUDA `device`, else cpu.
+
+    Args:
+        num_threads: of the cpu body, default torch's.
+        device: where the tensors are; the cuda body's default is the current CUDA device.
 
     Raises:
         ValueError: for a name that is not in BODY_NAMES.
+        CudaUnavailableError: when the cuda body lacks a device or a library; the message says how to get it.
     """
+    is_cuda = device is not None and torch.device(device).type == "cuda"
+    if name == "cuda" or (name == "auto" and is_cuda):
+        from masksplat.cuda.body import CudaBody
+
+        return CudaBody("cuda" if device is None else device)
     if name in ("auto", "cpu"):
         from masksplat.cpu.body import CpuBody
 

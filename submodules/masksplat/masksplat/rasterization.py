@@ -11,6 +11,7 @@ Legend: N Gaussians, C cameras, M packed splats (visible (camera, Gaussian) pair
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from masksplat.ops import Body, get_body
-from masksplat.types import ALPHA_MIN, TILE, Gaussians, ProjectionSettings, Splats, Views
+from masksplat.types import ALPHA_MIN, TILE, Gaussians, ProjectionSettings, Splats, Views, compact
 
 RENDER_MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
 
@@ -46,7 +47,7 @@ class _Project(torch.autograd.Function):
         ctx: Any, body: Body, views: Views, settings: ProjectionSettings, masks: Tensor, *parameters: Tensor
     ) -> Any:
         gaussians = Gaussians(*(parameter.detach() for parameter in parameters))
-        splats = body.project(gaussians, views, settings, masks=masks.detach())
+        splats = compact(body.project(gaussians, views, settings, masks=masks.detach()))
         splats.rows = splats.rows.detach()
         ctx.call = (body, views, settings, gaussians, splats)
         return splats.rows.clone(), splats
@@ -127,12 +128,23 @@ def rasterization(
     if absgrad:
         raise ValueError("absgrad=True: no masksplat body gives absolute gradients of means2d; pass absgrad=False.")
     settings = ProjectionSettings(sh_degree, near_plane, far_plane, eps2d, antialiased, activated=True)
-    body = get_body(backend)
+    body = _body(backend, means.device)
     rows, splats = _project(body, inputs, settings)
     meta, rows = _describe(rows, splats, inputs, packed)
     channels = _splat_channels(rows, splats, inputs)
     images, alphas = _render(body, splats, rows, channels, inputs)
     return images, alphas, meta
+
+
+def _body(backend: str, device: torch.device) -> Body:
+    """The body for tensors of `device`; that of a GPU is kept, for it remembers how large its buffers must be."""
+    is_cuda = backend in ("auto", "cuda") and device.type == "cuda"
+    return _cuda_body(str(device)) if is_cuda else get_body(backend)
+
+
+@functools.cache
+def _cuda_body(device: str) -> Body:
+    return get_body("cuda", device=device)
 
 
 def _expect(name: str, tensor: Tensor, *shapes: tuple[int | str, ...]) -> None:
