@@ -61,6 +61,8 @@ __device__ __forceinline__ int reserve_buckets(const Saved& saved, int count) {
     if (first + count <= saved.capacity) return first;
     atomicMax(saved.status + STATUS_BUCKETS, first + count);
     saved.status[STATUS_OVERFLOW] = 1;
+    // The backward must not take what lies in the rest of the buffer for buckets.
+    for (int index = first; index < saved.capacity; ++index) saved.buckets[index] = make_int2(-1, 0);
     return -1;
 }
 

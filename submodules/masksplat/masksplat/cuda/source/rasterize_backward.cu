@@ -102,6 +102,7 @@ __device__ __forceinline__ bool find_bucket(const Lists& lists, const Image& ima
                                             int capacity, Bucket& bucket) {
     if (index >= min(*counter, capacity)) return false;
     const int2 entry = lists.buckets[index];
+    if (entry.x < 0) return false;  // there was no room for it
     const int stop = lists.ranges[entry.x].y, end = lists.ends[entry.x];
     bucket.tile_x = entry.x % image.columns * TILE;
     bucket.tile_y = image.first_row + entry.x / image.columns * TILE;
