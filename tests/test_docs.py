@@ -19,7 +19,7 @@ DOCUMENTS = ("README.md", *(path.relative_to(ROOT).as_posix() for path in sorted
 OF_OTHERS = {
     *("--help", "--standalone", "--nnodes", "--nproc-per-node", "--durations"),  # argparse, torchrun, pytest
     *("--headless", "--hide-scrollbars", "--no-sandbox", "--screenshot", "--window-size", "--virtual-time-budget"),
-    *("--views", "--output"),  # our modules outside the three scripts
+    *("--views", "--output", "--architecture"),  # our modules outside the three scripts
 }
 WRITTEN = re.compile(r"(demo-output|output|checkpoints|point_cloud|sparse|images|FOLDER|MODEL|OUT|tests/test_MODULE)\b")
 """Beginnings of paths that the program writes or that belong to the user."""
