@@ -9,80 +9,86 @@ from collections.abc import Sequence
 from distributed.communicator import Communicator
 from gaussian_renderer.step import draw_and_update
 from launch.cli import parse_train
-from launch.config import cfg_args_values, to_plain
+from launch.config import TrainConfig, cfg_args_values, to_plain
 from launch.doctor import run_doctor
-from launch.metrics_log import MetricsLog
 from launch.progress import TrainingProgress
-from launch.recorder import Recorder
+from launch.recorder import Recorder, Seen
 from launch.run import run_main, tee_output
+from launch.run_logs import open_logs
 from launch.start import Start, begin, find_start
 from launch.training import Training, build_training
-from launch.world import refuse_several_processes
+from launch.world import agree_on_folder, device_type_of, joined_world, parse_once
 from launch.wrap_up import wrap_up
 from scene.errors import InputError
 from scene.model_folder import ModelFolder
 from scene.ply import save_point_cloud
+from scene.row_edit import RowEdit
 from strategies.schedule import Window
 
 
 def main(arguments: Sequence[str]) -> int:
     """Train as the command line says; returns the exit status."""
-    config = parse_train(arguments)
+    config = parse_once(parse_train, arguments)
     if config.logging.doctor:
         return run_doctor(config)
-    communicator = join_world()
-    folder = ModelFolder.create(config.model.model_path)
-    start = find_start(config, folder)
-    with tee_output(folder.train_log, append=start.is_in_place, quiet=config.logging.quiet):
-        for notice in (*config.notices, *start.notices):
-            print(notice)
-        quiet = config.logging.quiet
-        training = build_training(config, communicator, show_progress=not quiet, checkpoint=start.checkpoint)
-        for notice in begin(start, folder, training.scene.extent):
-            print(notice)
-        describe(folder, training, arguments)
-        train(training, folder, start)
-        wrap_up(config, num_train=len(training.scene.train), num_test=len(training.scene.test))
+    with joined_world(device_type_of(config.pipeline.backend)) as communicator:
+        run(agree_on_folder(config, communicator), communicator, arguments)
     return 0
 
 
-def join_world() -> Communicator:
-    """This process's place among the processes of the run. Raises: InputError when there are several."""
-    try:
-        refuse_several_processes()
-        return Communicator.from_environment()
-    except ValueError as error:
-        raise InputError(str(error)) from error
+def run(config: TrainConfig, communicator: Communicator, arguments: Sequence[str]) -> None:
+    """Everything from the folder to the report, on this rank; rank 0 shows it."""
+    main = communicator.is_main
+    with communicator.all_or_none(InputError):
+        folder = ModelFolder.create(config.model.model_path)
+        log = folder.train_log if main else folder.rank_log(communicator.rank)
+    start = find_start(config, folder, communicator)
+    with tee_output(log, append=start.is_in_place, quiet=config.logging.quiet, has_terminal=main):
+        for notice in (*config.notices, *start.notices):
+            print(notice)
+        show = main and not config.logging.quiet
+        training = build_training(config, communicator, show_progress=show, checkpoint=start.checkpoint)
+        with communicator.all_or_none(InputError):
+            if main:
+                prepare(start, folder, training, arguments)
+        train(training, folder, start)
+        wrap_up(config, communicator, num_train=len(training.scene.train), num_test=len(training.scene.test))
 
 
-def describe(folder: ModelFolder, training: Training, arguments: Sequence[str]) -> None:
-    """Write what viewers and later scripts read: cfg_args, config.json, cameras.json, input.ply."""
+def prepare(start: Start, folder: ModelFolder, training: Training, arguments: Sequence[str]) -> None:
+    """Set aside what an earlier training left, and write what viewers and later scripts read.
+
+    These are cfg_args, config.json, cameras.json and input.ply. Raises: InputError.
+    """
     scene, config = training.scene, training.config
+    for notice in begin(start, folder, scene.extent):
+        print(notice)
     folder.write_cfg_args(cfg_args_values(config.model))
     folder.write_config(to_plain(config), ["train.py", *arguments])
     folder.write_cameras(scene.train, scene.test)
     save_point_cloud(folder.input_ply, scene.points.xyz, scene.points.rgb)
-    print(
-        f"{len(scene.train)} training and {len(scene.test)} test views, {len(training.table):,} Gaussians to start with"
-    )
 
 
 def train(training: Training, folder: ModelFolder, start: Start) -> None:
     """Run every step that is not done yet and record what happens."""
-    config = training.config
+    config, ranks = training.config, training.communicator
     iterations, done = config.optimization.iterations, training.first_step * config.optimization.bsz
+    show = ranks.is_main and not config.logging.quiet
     with (
-        MetricsLog(folder.metrics, append=start.is_in_place) as log,
-        TrainingProgress(iterations, initial=min(done, iterations), enabled=not config.logging.quiet) as progress,
+        open_logs(folder, config, ranks, append=start.is_in_place) as logs,
+        TrainingProgress(iterations, initial=min(done, iterations), enabled=show) as progress,
     ):
-        recorder = Recorder(training, folder, log, progress)
+        recorder = Recorder(training, folder, logs, progress)
+        count, views = recorder.num_gaussians(), training.scene
+        where = f" on {ranks.size} processes" if ranks.size > 1 else ""
+        print(f"{len(views.train)} training and {len(views.test)} test views, {count:,} Gaussians to start with{where}")
         recorder.start()
         if start.checkpoint is not None:
             recorder.resume(start.checkpoint)
         for step in range(training.first_step, training.num_steps):
             train_step(training, recorder, step)
-        seconds = recorder.end()
-    print(f"trained {iterations} images in {seconds:.1f} s, {len(training.table):,} Gaussians")
+        seconds, count = recorder.end(), recorder.num_gaussians()
+    print(f"trained {iterations} images in {seconds:.1f} s, {count:,} Gaussians")
 
 
 def train_step(training: Training, recorder: Recorder, step: int) -> None:
@@ -91,23 +97,28 @@ def train_step(training: Training, recorder: Recorder, step: int) -> None:
     window, seed = training.window(step), training.config.optimization.seed
     with phases("photos"):
         batch = training.batch(step)
+        training.number_rows()
     with phases("masks"):
         gate = strategy.sample(table, window, seed)
-    mask = gate.mask if gate is not None else None
     result = draw_and_update(
-        training.body, table, batch, mask, training.step_settings(window), training.adam_steps(window), phases
+        training.tools, table, batch, gate, training.step_settings(window), training.adam_steps(window)
     )
     with phases("masks"):
-        numbers = strategy.after_backward(table, window, gate, result.d_mask, training.mask_scaling)
+        learned = strategy.after_backward(table, window, gate, result.d_gate, training.mask_scaling)
     table.num_updates += 1
-    loss = result.image_loss(training.config.optimization.lambda_dssim) + numbers.get("mask_loss", 0.0)
+    numbers = training.read(step, result)
+    loss = numbers.image_loss(training.config.optimization.lambda_dssim) + learned.get("mask_loss", 0.0)
     require_finite(loss, window)
     # Measured and saved before the edits, as in 3DGS: fresh clones and reset opacities have not been trained yet.
-    recorder.after_update(window, result, numbers, loss)
+    recorder.after_update(window, Seen(step, numbers, result.plan, learned, loss))
     with phases("density control"):
+        is_edited = False
         for edit in strategy.after_step(table, window, seed):
             table.apply(edit)
             recorder.edit(edit.report)
+            is_edited |= isinstance(edit, RowEdit)
+    if is_edited:
+        recorder.redistribution(window, training.after_event())
     recorder.after_edits(window, step)
 
 

@@ -28,6 +28,9 @@ STEP_SECONDS = 600.0
 """How long a rank waits inside a collective."""
 
 
+FAILURE_KEY = "failure"
+
+
 class PeerError(RuntimeError):
     """Another rank raised the error; it prints the message, this rank only has to end."""
 
@@ -46,6 +49,7 @@ class Place:
     """What a launcher says about this process: torchrun's variables.
 
     attempt: how often the launcher has restarted the job; each attempt meets under keys of its own.
+    local_size: processes on this machine.
     """
 
     rank: int
@@ -55,6 +59,7 @@ class Place:
     port: int = 0
     attempt: int = 0
     launcher_hosts_store: bool = False
+    local_size: int = 1
 
     @classmethod
     def from_variables(cls, variables: Mapping[str, str]) -> Place:
@@ -73,6 +78,7 @@ class Place:
             port=_whole(variables, "MASTER_PORT", 1),
             attempt=_whole(variables, "TORCHELASTIC_RESTART_COUNT", 0, default=0),
             launcher_hosts_store=variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            local_size=_whole(variables, "LOCAL_WORLD_SIZE", 1, default=1),
         )
         if place.rank >= size:
             raise ValueError(f"RANK is {place.rank} but WORLD_SIZE is {size}; ranks go from 0 to {size - 1}")
@@ -83,8 +89,10 @@ class Place:
 class Communicator:
     """Rank and size of the world, and its collectives. `Communicator()` is a world of one without a process group.
 
-    device: where tensors have to be to travel (nccl: this rank's GPU); others are moved there and back.
-    has_group: whether a process group exists; a group may have size 1.
+    device: this rank's own. Tensors travel from where they are: those of a GPU by nccl, those of the host by gloo, so
+    that small host numbers wait for no GPU.
+    has_group: whether a process group exists; a group may have size 1. local_size: ranks on this machine.
+    store: where ranks leave notes for each other without a collective (`announce`).
     """
 
     rank: int = 0
@@ -92,6 +100,8 @@ class Communicator:
     local_rank: int = 0
     device: torch.device = torch.device("cpu")
     has_group: bool = False
+    local_size: int = 1
+    store: dist.Store | None = None
 
     @classmethod
     def from_environment(
@@ -128,7 +138,7 @@ class Communicator:
         cls, path: Path, rank: int, size: int, *, device_type: str = "cpu", step_seconds: float = STEP_SECONDS
     ) -> Communicator:
         """The world of `size` processes of one machine that meet in a file; it must not exist before. No port opens."""
-        place = Place(rank, size, local_rank=rank)
+        place = Place(rank, size, local_rank=rank, local_size=size)
         return cls._joined(dist.FileStore(str(path), size), place, device_type, step_seconds, step_seconds)
 
     @classmethod
@@ -139,14 +149,14 @@ class Communicator:
         device = _device(device_type, place.local_rank)
         store.set_timeout(timedelta(seconds=join_seconds))
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=store,
             rank=place.rank,
             world_size=place.size,
             timeout=timedelta(seconds=step_seconds),
             device_id=device if device.type == "cuda" else None,
         )
-        return cls(place.rank, place.size, place.local_rank, device, has_group=True)
+        return cls(place.rank, place.size, place.local_rank, device, True, place.local_size, store)
 
     @property
     def is_main(self) -> bool:
@@ -162,10 +172,9 @@ class Communicator:
         """(W, *shape): the `values` of every rank, of one shape and dtype, on the device of `values`."""
         if not self.has_group:
             return values.unsqueeze(0)
-        sent = values.detach().to(self.device).contiguous()
-        received = [torch.empty_like(sent) for _ in range(self.size)]
-        dist.all_gather(received, sent)  # all ranks
-        return torch.stack(received).to(values.device)
+        received = values.new_empty((self.size, *values.shape))
+        dist.all_gather(list(received.unbind()), values.detach().contiguous())  # all ranks
+        return received
 
     def sum(self, values: Tensor) -> Tensor:
         """The element-wise sum over ranks, in rank order: meant for small tensors (W copies are gathered)."""
@@ -182,7 +191,7 @@ class Communicator:
         return self.gather(values).amax(0) if self.has_group else values
 
     def gather_counts(self, counts: Sequence[int]) -> list[list[int]]:
-        """[rank][k]: whole numbers of every rank, equally many from each. Host sync on a GPU."""
+        """[rank][k]: whole numbers of every rank, equally many from each; no GPU is asked."""
         return self.gather(torch.tensor(list(counts), dtype=torch.int64)).tolist()
 
     def barrier(self) -> None:
@@ -206,24 +215,24 @@ class Communicator:
             if list(send_counts) != list(receive_counts):
                 raise ValueError(f"one rank sends itself {send_counts[0]} rows but expects {receive_counts[0]}")
             return rows
-        sent = rows.detach().to(self.device).contiguous()
+        sent = rows.detach().contiguous()
         received = sent.new_empty((sum(receive_counts), *rows.shape[1:]))
         if sent.shape[1:].numel() > 0:
             dist.all_to_all_single(received, sent, list(receive_counts), list(send_counts))  # all ranks
-        return received.to(rows.device)
+        return received
 
     def broadcast_bytes(self, payload: bytes, source: int = 0) -> bytes:
         """The byte string of rank `source`; what the others pass is ignored."""
         if not self.has_group:
             return payload
-        length = torch.tensor([len(payload)], dtype=torch.int64, device=self.device)
+        length = torch.tensor([len(payload)], dtype=torch.int64)
         dist.broadcast(length, source)  # all ranks
-        content = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
+        content = torch.zeros(int(length), dtype=torch.uint8)
         if self.rank == source:
             content.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else content)
         if int(length) > 0:
             dist.broadcast(content, source)  # all ranks
-        return content.cpu().numpy().tobytes()
+        return content.numpy().tobytes()
 
     def raise_together(self, error: Exception | None) -> None:
         """Return when no rank brings an error; otherwise raise on every rank.
@@ -250,6 +259,20 @@ class Communicator:
         except kinds as error:
             caught = error
         self.raise_together(caught)
+
+    def announce(self, error: BaseException) -> PeerError | None:
+        """Leave word why this rank ends, for ranks whose collectives fail because of it. Not a collective.
+
+        Returns: None when this rank is the first to fail, otherwise what the first one left.
+        """
+        if self.store is None:
+            return None
+        note = f"{self.rank} {error}"
+        try:
+            rank, _, message = self.store.compare_set(FAILURE_KEY, "", note).decode().partition(" ")
+        except RuntimeError:  # whoever hosts the store has gone
+            return None
+        return PeerError(int(rank), message) if int(rank) != self.rank else None
 
     def require_agreement(self, what: str, digest: int) -> None:
         """Check that all ranks bring the same number (a hash, 0 <= digest < 2**63).

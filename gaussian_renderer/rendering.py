@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drawing one view for people and measures: deterministic, no gradients, only the Gaussians that exist."""
+"""Drawing views for people and measures: deterministic, no gradients, only the Gaussians that exist.
+
+Letters: N rows of this rank, W ranks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from distributed.communicator import Communicator
+from distributed.exchange import ExchangePlan
+from distributed.pixels import PixelPartition
 from gaussian_renderer.views import gaussians_of, views_of
 from masksplat.ops import Body
 from masksplat.types import ProjectionSettings, Splats
@@ -72,6 +78,42 @@ def render_rgb(
     settings = ProjectionSettings(sh_degree=sh_degree, antialiased=antialiased)
     splats = body.project(gaussians_of(params), views_of([camera], background), settings)
     return body.rasterize(splats, 0, (camera.width, camera.height), background).rgb.clamp(0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a model that this rank has: raw parameters of its rows, and their ids."""
+
+    params: Mapping[str, Tensor]
+    ids: Tensor
+
+    @classmethod
+    def existing(cls, params: Mapping[str, Tensor], ids: Tensor, keep: Tensor) -> Shard:
+        """The rows where `keep` (N,) is True: what does not exist never travels."""
+        return cls(existing(params, keep), ids[keep])
+
+
+def render_on_ranks(
+    shard: Shard,
+    cameras: Sequence[Camera],
+    settings: ProjectionSettings,
+    *,
+    background: Tensor,
+    body: Body,
+    communicator: Communicator,
+) -> Tensor | None:
+    """Draw up to W cameras, each on the rank of its number, from the shards of all ranks. All ranks.
+
+    Returns: the colours of this rank's camera, (H, W, 3) in [0, 1], or None when there are fewer cameras than ranks.
+    """
+    views = views_of(cameras, background)
+    splats = body.project(gaussians_of(shard.params), views, settings, ids=shard.ids)
+    heights = [camera.height for camera in cameras]
+    partition = PixelPartition.of_whole_views(heights, range(len(cameras)), communicator.size)
+    received = ExchangePlan.for_partition(communicator, splats, partition, sizes=views.sizes).forward(splats)
+    if communicator.rank >= len(cameras):
+        return None
+    return body.rasterize(received, 0, views.sizes[communicator.rank], background).rgb.clamp(0.0, 1.0)
 
 
 def _coloured_by_depth(splats: Splats) -> Splats:

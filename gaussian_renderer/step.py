@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The forward and backward of one training step: a palindrome of explicit calls, without an autograd graph.
 
+    project -> exchange -> rasterize -> loss        own Gaussians -> regions of pixels
+    update  <- exchange <- rasterize backward       gradients on the way back
+
+Nothing here waits for a device: what the host wants to know of a step is in `StepResult.totals` until it is read.
+
 Letters: N Gaussians of this rank, B views, M packed splats.
 """
 
@@ -12,21 +17,44 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distributed.communicator import Communicator
+from distributed.exchange import ExchangePlan
+from distributed.numbering import OrderNumbers
+from distributed.pixels import PixelPartition, Region
+from distributed.totals import StepTotals
+from gaussian_renderer.gate import GateOfStep, gated
 from gaussian_renderer.phases import PhaseTimer
 from gaussian_renderer.views import KERNEL_ATTRIBUTES, gaussians_of, views_of
 from masksplat.ops import Body
-from masksplat.types import AdamStep, Optimizer, ProjectionSettings, Statistics
+from masksplat.types import AdamStep, Optimizer, PhotometricLoss, ProjectionSettings, Splats, Statistics
 from scene.cameras import Camera
 from scene.gaussians import GaussianTable
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step trains on: B cameras, their photos (h, w, 3) uint8, and a background (3,) for each."""
+    """What one step trains on: B cameras, a background (3,) for each, and who draws which pixels.
+
+    photos: for each region of this rank, (h, w, 3) uint8 of the rows that it draws, halo included.
+    """
 
     cameras: Sequence[Camera]
-    photos: Sequence[Tensor]
     backgrounds: Sequence[Tensor]
+    partition: PixelPartition
+    photos: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class StepTools:
+    """What draws, what brings splats to other ranks, and what takes the time of it.
+
+    ties: numbers in the order of the table's ids, which break ties of depth; None: the ids themselves.
+    """
+
+    body: Body
+    communicator: Communicator
+    phases: PhaseTimer
+    ties: OrderNumbers | None = None
 
 
 @dataclass(frozen=True)
@@ -43,58 +71,100 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class StepResult:
-    """l1, ssim: means over the batch. d_mask: (N,) gradient of the masks. num_pairs: pairs evaluated."""
+    """totals: loss and counts over all ranks, not read yet. d_gate: (N,) gradient by the gate. plan: who sent what."""
 
-    l1: float
-    ssim: float
-    d_mask: Tensor
-    num_splats: int
-    num_pairs: int
-
-    def image_loss(self, lambda_dssim: float) -> float:
-        """(1 - lambda) L1 + lambda (1 - SSIM)."""
-        return (1.0 - lambda_dssim) * self.l1 + lambda_dssim * (1.0 - self.ssim)
+    totals: StepTotals
+    d_gate: Tensor
+    plan: ExchangePlan
 
 
 def draw_and_update(
-    body: Body,
+    tools: StepTools,
     table: GaussianTable,
     batch: Batch,
-    mask: Tensor | None,
+    gate: GateOfStep | None,
     settings: StepSettings,
     adam_steps: Sequence[AdamStep],
-    phases: PhaseTimer,
 ) -> StepResult:
-    """Draw the batch, compare it with the photos, and update every kernel attribute of the table in place.
+    """Draw the batch, compare it with the photos, and update every kernel attribute of the table in place. All ranks.
 
-    Args: mask: (N,) what each alpha is multiplied with, or None; adam_steps: one for each of KERNEL_ATTRIBUTES.
+    Args: gate: what stands between the table and the drawing; adam_steps: one for each of KERNEL_ATTRIBUTES.
     """
-    gaussians, views = gaussians_of(table.params), views_of(batch.cameras, table.params["means"])
+    body, phases = tools.body, tools.phases
+    views = views_of(batch.cameras, table.params["means"])
+    gaussians = gated(gaussians_of(table.params), settings.projection, gate)
+    ids, bound = tools.ties if tools.ties is not None else (table.ids, None)
     with phases("project"):
-        splats = body.project(gaussians, views, settings.projection, masks=mask, ids=table.ids)
-    d_rows = torch.zeros_like(splats.rows)
-    l1 = ssim = num_pairs = 0.0
-    for view, (photo, background) in enumerate(zip(batch.photos, batch.backgrounds, strict=True)):
-        with phases("rasterize"):
-            frame = body.rasterize(splats, view, views.sizes[view], background)
-        with phases("loss"):
-            loss = body.photometric(frame.rgb, photo, settings.lambda_dssim)
-        with phases("rasterize backward"):
-            body.rasterize_backward(splats, frame, loss.d_rgb, d_rows)
-        l1, ssim, num_pairs = l1 + loss.l1, ssim + loss.ssim, num_pairs + int(frame.pairs_per_row.sum())
+        splats = gaussians.project(body, views, ids)
+    with phases("exchange"):
+        plan = ExchangePlan.for_partition(
+            tools.communicator, splats, batch.partition, sizes=views.sizes, id_bound=bound
+        )
+        received = plan.forward(splats)
+    drawn = _draw_regions(tools, received, batch, settings.lambda_dssim)
+    with phases("exchange"):
+        d_rows = plan.backward(drawn.d_received)
     with phases("project backward and Adam"):
-        d_mask = body.project_backward_update(
-            gaussians,
+        d_gate = gaussians.update(
+            body,
             views,
-            settings.projection,
             splats,
             d_rows,
             optimizer=_optimizer(table, adam_steps),
             statistics=Statistics(table.statistics["grad_norm_sum"], table.statistics["view_count"]),
             gradient_scale=settings.view_weight,
         )
-    count = len(batch.cameras)
-    return StepResult(l1 / count, ssim / count, d_mask, len(splats), int(num_pairs))
+    with phases("exchange"):
+        totals = StepTotals.share(
+            tools.communicator,
+            batch.partition,
+            loss=drawn.loss,
+            pairs=drawn.pairs,
+            num_splats=splats.view_offsets.diff(),
+            num_rows=len(table),
+        )
+    return StepResult(totals, d_gate, plan)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """loss: (2,) float64 sums of L1 and SSIM; pairs: of each region; d_received: (R, 10)."""
+
+    loss: Tensor
+    pairs: Sequence[Tensor]
+    d_received: Tensor
+
+
+def _draw_regions(tools: StepTools, received: Splats, batch: Batch, lambda_dssim: float) -> _Drawn:
+    """Forward and backward of every region of this rank, one after the other."""
+    body, phases = tools.body, tools.phases
+    d_received = torch.zeros_like(received.rows)
+    loss = torch.zeros(2, dtype=torch.float64, device=d_received.device)
+    pairs = []
+    regions = batch.partition.regions[tools.communicator.rank]
+    for number, (region, photo) in enumerate(zip(regions, batch.photos, strict=True)):
+        camera = batch.cameras[region.view]
+        rows = region.drawn_rows(camera.height)
+        with phases("rasterize"):
+            size, background = (camera.width, camera.height), batch.backgrounds[region.view]
+            frame = body.rasterize(received, number, size, background, rows=rows)
+        with phases("loss"):
+            part = _compare(body, frame.rgb, photo, region, camera.height, lambda_dssim)
+            loss += torch.stack([part.l1, part.ssim])
+        with phases("rasterize backward"):
+            body.rasterize_backward(received, frame, part.d_rgb, d_received)
+        pairs.append(frame.pairs_per_row)
+    return _Drawn(loss, pairs, d_received)
+
+
+def _compare(
+    body: Body, rgb: Tensor, photo: Tensor, region: Region, height: int, lambda_dssim: float
+) -> PhotometricLoss:
+    """The loss of a region's own rows, from everything it drew."""
+    (first, last), (start, _) = region.own_rows(height), region.drawn_rows(height)
+    return body.photometric(
+        rgb, photo, lambda_dssim, own_rows=(first - start, last - start), image_height=height, row_start=start
+    )
 
 
 def _optimizer(table: GaussianTable, adam_steps: Sequence[AdamStep]) -> Optimizer:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distributed.transfer import sent_to
 from masksplat.types import Gaussians, Views
 from scene.cameras import Camera
 
@@ -18,8 +19,9 @@ KERNEL_ATTRIBUTES = ("means", "quats", "scales", "opacities", "sh0", "shN")
 
 def views_of(cameras: Sequence[Camera], like: Tensor) -> Views:
     """The cameras as kernels read them, in the dtype and on the device of `like`."""
-    viewmats = torch.from_numpy(np.stack([camera.viewmat for camera in cameras])).to(like)
-    intrinsics = torch.from_numpy(np.stack([camera.intrinsics for camera in cameras])).to(like)
+    viewmats = torch.from_numpy(np.stack([camera.viewmat for camera in cameras])).to(like.dtype)
+    intrinsics = torch.from_numpy(np.stack([camera.intrinsics for camera in cameras])).to(like.dtype)
+    viewmats, intrinsics = sent_to(viewmats, like.device), sent_to(intrinsics, like.device)
     return Views(viewmats, intrinsics, tuple((camera.width, camera.height) for camera in cameras))
 
 

@@ -44,23 +44,24 @@ class DistributionConfig:
     """Grendel-GS's numbered experiments with pixel partitions."""
     heuristic_decay: float = flag(0.0, source="Grendel", inert=ONE_PROCESS)
     """Weight of the old load estimate."""
-    no_heuristics_update: bool = flag(False, source="Grendel", inert=ONE_PROCESS)
-    """Keeps the first partition of the pixels."""
+    no_heuristics_update: bool = flag(False, source="Grendel")
+    """Shares pixels out by their number alone, not by what they cost before."""
     border_divpos_coeff: float = flag(1.0, source="Grendel", inert=ONE_PROCESS)
     """Tile rows within which a cut snaps to an image border."""
     adjust_strategy_warmp_iterations: int = flag(-1, source="Grendel", unit="images", inert=ONE_PROCESS)
     """Images before the partition adapts (the spelling is Grendel-GS's)."""
-    save_strategy_history: bool = flag(
-        False, source="Grendel", refused="the load balancer's history comes with training on several processes"
-    )
-    """Writes the partitions and their costs."""
+    save_strategy_history: bool = flag(False, source="Grendel")
+    """Writes strategy_history.jsonl: for each step who drew what, on which estimate, and what it cost."""
     gaussians_distribution: bool = flag(True, source="Grendel", inert=ONE_PROCESS)
     """Spreads the Gaussians over processes."""
-    redistribute_gaussians_mode: str = flag("random_redistribute", source="Grendel", inert=ONE_PROCESS)
-    """How Gaussians are spread again: random_redistribute or no_redistribute."""
-    redistribute_gaussians_frequency: int = flag(10, source="Grendel", inert=ONE_PROCESS)
-    """Densification events between checks of the balance."""
-    redistribute_gaussians_threshold: float = flag(1.1, source="Grendel", inert=ONE_PROCESS)
+    redistribute_gaussians_mode: str = flag(
+        "morton", source="Grendel", choices=("morton", "random_redistribute", "round_robin", "no_redistribute")
+    )
+    """How Gaussians are spread over processes, again when they are uneven. morton: neighbours in space together;
+    random_redistribute: at random; round_robin: by their number; no_redistribute: as at the start."""
+    redistribute_gaussians_frequency: int = flag(1, source="Grendel", minimum=1)
+    """Events of densification and pruning between two looks at the balance."""
+    redistribute_gaussians_threshold: float = flag(1.1, source="Grendel", minimum=1.0)
     """Ratio of the largest to the smallest count that is tolerated."""
     sync_grad_mode: str = flag("dense", source="Grendel", inert="it belongs to dead code of Grendel-GS")
     """Gradient exchange of replicated Gaussians."""
@@ -72,19 +73,12 @@ class DistributionConfig:
         True, source="Grendel", inert="the model is always saved as one merged ply, which every viewer opens"
     )
     """One ply per process."""
-    local_sampling: bool = flag(False, source="Grendel", inert=ONE_PROCESS)
-    """Every process draws its own images."""
-    preload_dataset_to_gpu: bool = flag(
-        False, source="Grendel", inert="this version draws on the CPU; images are decoded once within --image_cache_gb"
-    )
-    """All images in GPU memory."""
-    preload_dataset_to_gpu_threshold: float = flag(
-        10.0,
-        source="Grendel",
-        unit="GB",
-        inert="this version draws on the CPU; images are decoded once within --image_cache_gb",
-    )
-    """Size of the data set up to which it is preloaded."""
+    local_sampling: bool = flag(False, source="Grendel")
+    """Every process draws bsz/W whole images of its own, those whose number leaves its rank modulo W."""
+    preload_dataset_to_gpu: bool = flag(False, source="Grendel")
+    """Keeps all images in GPU memory, whatever their size; without a GPU they stay in host memory."""
+    preload_dataset_to_gpu_threshold: float = flag(10.0, source="Grendel", unit="GB", minimum=0.0)
+    """Size of the data set up to which all images are kept in GPU memory anyway."""
     multiprocesses_image_loading: bool = flag(
         True, source="Grendel", inert="images are decoded by --threads background threads"
     )
@@ -117,6 +111,9 @@ class DebugConfig:
 
     stop_update_param: bool = flag(False, source="Grendel")
     """Computes every step and changes nothing: no Adam update."""
+    check_agreement: bool = flag(False)
+    """Compares a hash of step, views and partition over all processes in every step and names the first that
+    differs."""
     drop_initial_3dgs_p: float = flag(0.0, source="Grendel", minimum=0.0, maximum=1.0)
     """Probability with which each initial point is left out."""
     debug_from: int = flag(-1, source="3DGS", inert="there is no CUDA rasterizer call whose inputs could be dumped")

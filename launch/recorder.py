@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training tells the world while it runs: metrics.jsonl, the progress bar, saved models."""
+"""What a training tells the world while it runs: metrics.jsonl, the progress bar, saved models, checkpoints.
+
+All ranks call the same methods; what needs their numbers is decided by iterations, never by clocks. Rank 0 writes.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 
 import psutil
 import torch
 
-from gaussian_renderer.step import StepResult
+from distributed.exchange import ExchangePlan
+from distributed.totals import StepNumbers
 from launch.config import to_plain
 from launch.evaluation import evaluate
-from launch.metrics_log import MetricsLog
-from launch.progress import TrainingProgress
+from launch.progress import TrainingProgress, gpu_memory_bytes
+from launch.run_logs import RunLogs
+from launch.sharing import Redistribution, shares_to_plain
 from launch.start import run_state
 from launch.training import Training
 from scene.checkpoint import Checkpoint, save_checkpoint
@@ -23,29 +29,44 @@ from scene.row_edit import EditReport
 from strategies.schedule import Schedule, Window
 
 HISTOGRAM_BINS = 20
+GIGABYTE = 1 << 30
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is known of a step. loss: with the strategy's part; learned: the strategy's numbers; both over all ranks."""
+
+    step: int
+    numbers: StepNumbers
+    plan: ExchangePlan
+    learned: Mapping[str, float]
+    loss: float
 
 
 @dataclass
 class Recorder:
-    """Writes the log of one training and shows its progress. Seconds exclude evaluation and saving.
+    """Writes the logs of one training and shows its progress. Seconds exclude evaluation and saving.
 
-    train_seconds: of all runs since the training began; untimed_images: images trained before the clock was started,
-    by the program that a checkpoint was imported from.
+    train_seconds: of all runs since the training began; total_seconds: of this run, everything included;
+    untimed_images: images trained before the clock was started, by the program that a checkpoint was imported from.
     """
 
     training: Training
     folder: ModelFolder
-    log: MetricsLog
+    logs: RunLogs
     progress: TrainingProgress
     train_seconds: float = 0.0
     peak_memory: int = 0
     untimed_images: int = 0
     _process: psutil.Process = field(default_factory=psutil.Process)
+    _started: float = field(default_factory=time.perf_counter)
     _resumed: float = field(default_factory=time.perf_counter)
+    _expected: float = 0.0
 
     def start(self) -> None:
-        """The first line of the log: what is trained with what."""
-        scene = self.training.scene
+        """The first line of the log: what is trained with what. All ranks."""
+        training = self.training
+        scene, ranks = training.scene, training.communicator
         entry = {
             "source": str(scene.source),
             "num_train": len(scene.train),
@@ -54,57 +75,69 @@ class Recorder:
             "extent": scene.extent,
             "test_names": [camera.name for camera in scene.test],
         }
-        self.log.write(
-            "run", config=to_plain(self.training.config), scene=entry, threads=self.training.config.pipeline.threads
-        )
+        rows = [row[0] for row in ranks.gather_counts([len(training.table)])]
+        threads = training.config.pipeline.threads
+        config = to_plain(training.config)
+        self.logs.main.write("run", config=config, scene=entry, threads=threads, num_ranks=ranks.size, rows=rows)
         self._resumed = time.perf_counter()
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Let the clocks of the run that wrote a checkpoint go on, and say in the log where it went on."""
+        """Let the clocks of the run that wrote a checkpoint go on, and say in the log where it went on. All ranks."""
         clocks = checkpoint.state.clocks
         self.train_seconds = float(clocks.get("seconds", 0.0))
         self.peak_memory = int(clocks.get("peak_memory_bytes", 0))
         self.untimed_images = int(clocks.get("untimed_images", 0 if clocks else checkpoint.state.iteration))
         self.training.phases.seconds.update(clocks.get("phases", {}))
-        self.log.write(
-            "resumed",
-            iteration=checkpoint.state.iteration,
-            path=str(checkpoint.path),
-            num_gaussians=len(self.training.table),
-        )
+        iteration, path = checkpoint.state.iteration, str(checkpoint.path)
+        self.logs.main.write("resumed", iteration=iteration, path=path, num_gaussians=self.num_gaussians())
 
-    def after_update(self, window: Window, result: StepResult, numbers: dict[str, float], loss: float) -> None:
-        """Progress bar in every step; a line and a histogram at every log interval; measures and models when due."""
+    def num_gaussians(self) -> int:
+        """Gaussians of all ranks. All ranks."""
+        return int(self.training.total(len(self.training.table))[0])
+
+    def after_update(self, window: Window, seen: Seen) -> None:
+        """Progress bar in every step; lines and a histogram at every log interval; measures and models when due."""
         training = self.training
         self.progress.advance(min(window.size, training.config.optimization.iterations - window.first + 1))
-        is_logged = Schedule(0, window.last, training.config.logging.log_interval).fires(window)
-        if is_logged or self.progress.is_due():
-            expected = self._expected_count()
-            self.progress.update(loss=loss, num_gaussians=len(training.table), expected_gaussians=expected)
-            if is_logged:
-                self._write_step(window, result, numbers, loss, expected)
+        if Schedule(0, window.last, training.config.logging.log_interval).fires(window):
+            self._write_step(window, seen)
+        if training.config.distribution.save_strategy_history:
+            self.logs.history.write("step", training.pixels.history(seen.step, seen.numbers), iteration=window.last)
+        if self.progress.is_due():
+            count = sum(seen.numbers.rows)
+            self.progress.update(loss=seen.loss, num_gaussians=count, expected_gaussians=self._expected or count)
         for iteration in _due(training.config.logging.test_iterations, window):
-            self._pause(window, lambda it: self._measure(it, window), iteration)
+            self._pause(lambda it: self._measure(it, window), iteration)
         for iteration in _due(training.config.logging.save_iterations, window):
-            self._pause(window, self._save, iteration)
+            self._pause(self._save, iteration)
 
     def after_edits(self, window: Window, step: int) -> None:
         """A checkpoint when one is due: update and edits of the step are done, the next one has not begun."""
         for iteration in _due(self.training.config.checkpoint.checkpoint_iterations, window):
-            self._pause(window, lambda it: self._save_checkpoint(it, window, step), iteration)
+            self._pause(lambda it: self._save_checkpoint(it, window, step), iteration)
 
     def edit(self, report: EditReport | None) -> None:
-        """A line for an edit of the table."""
+        """A line for an edit of the table, with the numbers of all ranks. All ranks."""
         if report is not None:
-            self.log.write("edit", asdict(report))
+            names = ("cloned", "split", "pruned_opacity", "pruned_size", "pruned_mask", "num_gaussians")
+            totals = self.training.total(*(getattr(report, name) for name in names))
+            counts = {name: int(total) for name, total in zip(names, totals, strict=True)}
+            self.logs.main.write("edit", {**asdict(report), **counts})
+
+    def redistribution(self, window: Window, found: Redistribution | None) -> None:
+        """A line when Gaussians were shared out again."""
+        if found is not None:
+            self.logs.main.write("redistribution", asdict(found), iteration=window.last)
+            self.logs.history.write("redistribution", asdict(found), iteration=window.last)
 
     def end(self) -> float:
         """The last line; returns the seconds of training."""
         self._clock()
         iterations = self.training.config.optimization.iterations
-        self.log.write(
+        self.logs.main.write(
             "end",
             seconds=self.train_seconds,
+            total_seconds=time.perf_counter() - self._started,
             images_per_second=self._rate(iterations),
             peak_memory_bytes=self.peak_memory,
         )
@@ -119,47 +152,98 @@ class Recorder:
         self._resumed = now
         return self.train_seconds
 
-    def _pause(self, window: Window, action, iteration: int) -> None:  # type: ignore[no-untyped-def]
+    def _pause(self, action: Callable[[int], None], iteration: int) -> None:
         """Run an action whose time is not training time."""
         self._clock()
         action(iteration)
         self._resumed = time.perf_counter()
 
     def _expected_count(self) -> float:
+        """The Gaussians of all ranks, each by its keep probability. All ranks."""
+        table = self.training.table
         if self.training.config.mask.prune_method != "mask":
-            return float(len(self.training.table))
-        return float(torch.sigmoid(self.training.table.params["mask_logits"].double()).sum())
+            return float(self.num_gaussians())
+        return self.training.total(float(torch.sigmoid(table.params["mask_logits"].double()).sum()))[0]
 
-    def _write_step(
-        self, window: Window, result: StepResult, numbers: dict[str, float], loss: float, expected: float
-    ) -> None:
-        seconds, iteration = self._clock(), min(window.last, self.training.config.optimization.iterations)
+    def _write_step(self, window: Window, seen: Seen) -> None:
+        """The lines of a log interval. All ranks."""
+        training, numbers = self.training, seen.numbers
+        seconds, iteration = self._clock(), min(window.last, training.config.optimization.iterations)
         memory = self._process.memory_info().rss
         self.peak_memory = max(self.peak_memory, memory)
-        self.log.write(
+        self._expected = self._expected_count()
+        self.logs.main.write(
             "step",
             iteration=iteration,
-            loss=loss,
-            l1=result.l1,
-            ssim=result.ssim,
-            num_gaussians=len(self.training.table),
-            expected_gaussians=expected,
-            num_splats=result.num_splats,
-            num_pairs=result.num_pairs,
+            loss=seen.loss,
+            l1=numbers.l1,
+            ssim=numbers.ssim,
+            num_gaussians=sum(numbers.rows),
+            expected_gaussians=self._expected,
+            num_splats=numbers.num_splats,
+            num_pairs=numbers.num_pairs,
             images_per_second=self._rate(iteration),
             memory_bytes=memory,
             seconds=seconds,
-            **numbers,
+            **seen.learned,
         )
-        self.log.write("phases", iteration=iteration, seconds=dict(self.training.phases.seconds))
+        self.logs.main.write("phases", iteration=iteration, seconds=dict(training.phases.seconds))
+        self._write_ranks(iteration, seen)
+        self._write_histogram(iteration)
+        self._write_curves(iteration, seen, memory)
+
+    def _write_ranks(self, iteration: int, seen: Seen) -> None:
+        """What several ranks did: rows of each, bytes of the exchange, and this rank's own phases and memory."""
+        training, flags = self.training, self.training.config.benchmark
+        if training.communicator.size == 1:
+            return
+        traffic = seen.plan.traffic()
+        sent, copies, grendel = training.total(traffic.num_bytes, traffic.copies, traffic.grendel_bytes)
+        own = {"cpu_bytes": self._process.memory_info().rss, "gpu_bytes": gpu_memory_bytes()}
+        memory = training.communicator.gather_counts(list(own.values()))
+        self.logs.main.write(
+            "ranks",
+            iteration=iteration,
+            rows=seen.numbers.rows,
+            exchange_bytes=int(sent),
+            exchange_copies=int(copies),
+            grendel_bytes=int(grendel),
+            cpu_bytes=[row[0] for row in memory] if flags.check_cpu_memory else None,
+            gpu_bytes=[row[1] for row in memory] if flags.check_gpu_memory else None,
+        )
+        if flags.enable_timer:
+            self.logs.rank.write("phases", iteration=iteration, seconds=dict(training.phases.seconds))
+        if flags.check_cpu_memory or flags.check_gpu_memory:
+            self.logs.rank.write("memory", own, iteration=iteration)
+
+    def _write_histogram(self, iteration: int) -> None:
+        """How many Gaussians of all ranks have which keep probability."""
         if self.training.config.mask.prune_method == "mask":
             probabilities = torch.sigmoid(self.training.table.params["mask_logits"])
-            counts = torch.histc(probabilities, HISTOGRAM_BINS, 0.0, 1.0).long().tolist()
-            self.log.write("mask_histogram", iteration=iteration, counts=counts)
+            counts = torch.histc(probabilities, HISTOGRAM_BINS, 0.0, 1.0).long()
+            counts = self.training.communicator.sum(counts)
+            self.logs.main.write("mask_histogram", iteration=iteration, counts=counts.tolist())
+
+    def _write_curves(self, iteration: int, seen: Seen, memory: int) -> None:
+        """The curves that MaskGaussian's users know, by its names."""
+        self.logs.curves.write(
+            iteration,
+            {
+                "train_loss_patches/l1_loss": seen.numbers.l1,
+                "train_loss_patches/total_loss": seen.loss,
+                "iter_time": 1000.0 / max(self._rate(iteration), 1e-9),
+                "total_points": float(sum(seen.numbers.rows)),
+                "num_used_gs": self._expected,
+                "GPU_mem": gpu_memory_bytes() / GIGABYTE,
+                "CPU_mem": memory / GIGABYTE,
+            },
+        )
 
     def _measure(self, iteration: int, window: Window) -> None:
         for measured in evaluate(self.training, window):
-            self.log.write("evaluation", asdict(measured), iteration=iteration)
+            self.logs.main.write("evaluation", asdict(measured), iteration=iteration)
+            name = f"{measured.split}/loss_viewpoint"
+            self.logs.curves.write(iteration, {f"{name} - psnr": measured.psnr, f"{name} - l1_loss": measured.l1})
             self.progress.show_psnr(measured.psnr, measured.split)
             self.progress.message(
                 f"[iteration {iteration}] {measured.split}: PSNR {measured.psnr:.3f} dB, SSIM {measured.ssim:.4f}, "
@@ -167,10 +251,11 @@ class Recorder:
             )
 
     def _save(self, iteration: int) -> None:
-        training = self.training
-        path = self.folder.point_cloud(iteration)
-        count = save_ply(path, training.table.params, keep=training.strategy.keep(training.table))
-        self.log.write("saved", iteration=iteration, path=str(path.relative_to(self.folder.path)), num_gaussians=count)
+        training, path = self.training, self.folder.point_cloud(iteration)
+        keep = training.strategy.keep(training.table)
+        count = save_ply(path, training.table.params, keep=keep, ranks=training.communicator)
+        name = str(path.relative_to(self.folder.path))
+        self.logs.main.write("saved", iteration=iteration, path=name, num_gaussians=count)
         self.progress.message(f"[iteration {iteration}] saved {count:,} Gaussians to {path}")
 
     def _save_checkpoint(self, iteration: int, window: Window, step: int) -> None:
@@ -181,11 +266,12 @@ class Recorder:
             "phases": dict(self.training.phases.seconds),
         }
         training = self.training
-        state = run_state(training.config, training.data, window, step + 1, training.scene.extent, clocks)
+        shares = shares_to_plain(training.pixels, training.rows)
+        state = run_state(training.config, training.data, window, step + 1, training.scene.extent, clocks, shares)
         path = save_checkpoint(self.folder.checkpoints, iteration, training.table, state, training.communicator)
-        name = str(path.relative_to(self.folder.path))
-        self.log.write("checkpoint", iteration=iteration, path=name, num_gaussians=len(training.table))
-        self.progress.message(f"[iteration {iteration}] checkpoint of {len(training.table):,} Gaussians in {path}")
+        name, count = str(path.relative_to(self.folder.path)), self.num_gaussians()
+        self.logs.main.write("checkpoint", iteration=iteration, path=name, num_gaussians=count)
+        self.progress.message(f"[iteration {iteration}] checkpoint of {count:,} Gaussians in {path}")
 
 
 def _due(iterations: tuple[int, ...], window: Window) -> list[int]:

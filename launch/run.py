@@ -57,19 +57,25 @@ def exit_with_paragraph(message: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def tee_output(log_path: Path, *, append: bool = False, quiet: bool = False) -> Iterator[None]:
+def tee_output(
+    log_path: Path, *, append: bool = False, quiet: bool = False, has_terminal: bool = True
+) -> Iterator[None]:
     """Copies stdout and stderr, line by line with the seconds since the start, into a log file.
 
     Args:
         log_path: file to write; its folder must exist.
         append: continue an existing log instead of starting a new one.
         quiet: keep stdout off the terminal; stderr still shows, so that errors are seen.
+        has_terminal: False keeps both off it (ranks other than 0, which would repeat what rank 0 shows).
 
     The log ends with how the run ended: after how many seconds, or by which error.
     """
     with log_path.open("a" if append else "w", encoding="utf-8") as file:
         log = _TimedLog(file)
-        streams = _Tee(None if quiet else sys.stdout, log), _Tee(sys.stderr, log)
+        streams = (
+            _Tee(None if quiet or not has_terminal else sys.stdout, log),
+            _Tee(sys.stderr if has_terminal else None, log),
+        )
         with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
             try:
                 yield

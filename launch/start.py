@@ -8,26 +8,32 @@ same training.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from distributed.communicator import Communicator, PeerError
 from launch.config import TrainConfig, to_plain
 from launch.parser import show_value
 from scene.checkpoint import Checkpoint, fingerprint, load_checkpoint, load_newest
 from scene.checkpoint_import import Imported, import_file, import_grendel_folder, is_grendel_folder
-from scene.checkpoint_manifest import MANIFEST, RunState
+from scene.checkpoint_manifest import MANIFEST, RunState, read_manifest
 from scene.dataset import Scene
 from scene.errors import InputError
+from scene.gaussians import GaussianTable
 from scene.model_folder import ModelFolder
 from strategies.schedule import Window
 
 FREE_GROUPS = frozenset({"logging", "checkpoint", "distribution", "benchmark", "viewer"})
 FREE_FLAGS = frozenset({"iterations", "bsz", "source_path", "model_path", "threads", "image_cache_gb", "data_device"})
-DATA_FLAGS = frozenset({"images", "resolution", "eval", "llffhold", "num_train_cameras", "num_test_cameras"})
+DATA_FLAGS = frozenset(
+    {"images", "resolution", "eval", "llffhold", "num_train_cameras", "num_test_cameras", "dataset_type"}
+)
 """Flags that show in the fingerprints of the data."""
 LARGEST_EXTENT_RATIO = 1.01
 
@@ -45,19 +51,21 @@ class Start:
     notices: tuple[str, ...] = ()
 
 
-def find_start(config: TrainConfig, folder: ModelFolder) -> Start:
+def find_start(config: TrainConfig, folder: ModelFolder, communicator: Communicator) -> Start:
     """The checkpoint that --auto_start_checkpoint or --start_checkpoint mean, read and compared with the flags.
 
-    Raises: InputError when there is no usable one where one was asked for, or it does not fit the flags.
+    All ranks call it; each gets rows of its own. Raises: InputError on all ranks when there is no usable one where one
+    was asked for, or it does not fit the flags.
     """
     checkpoint: Checkpoint | None = None
     notices: list[str] = []
+    load = partial(load_part, communicator)
     if config.checkpoint.auto_start_checkpoint:
-        checkpoint, notices = _newest(folder.checkpoints)
+        checkpoint, notices = _newest(folder.checkpoints, load)
         if checkpoint is None and not config.checkpoint.start_checkpoint:
             notices.append(f"There is no checkpoint in {folder.checkpoints}: the training starts at the beginning.")
     if checkpoint is None and config.checkpoint.start_checkpoint:
-        checkpoint, more = _named(Path(config.checkpoint.start_checkpoint).expanduser(), config)
+        checkpoint, more = _named(Path(config.checkpoint.start_checkpoint).expanduser(), config, communicator)
         notices += more
     is_in_place = checkpoint is not None and _is_inside(checkpoint.path, folder.checkpoints)
     if checkpoint is not None:
@@ -69,44 +77,77 @@ def find_start(config: TrainConfig, folder: ModelFolder) -> Start:
     return Start(checkpoint, is_in_place, tuple(notices))
 
 
-def _newest(place: Path) -> tuple[Checkpoint | None, list[str]]:
+def load_part(communicator: Communicator, folder: Path) -> Checkpoint:
+    """This rank's share of a checkpoint's shards: its own when as many ranks wrote it. All ranks.
+
+    More ranks than shards: some get no row, until rows are shared out. Raises: InputError on all ranks when any of them
+    could not read its shards.
+    """
+
+    def nothing(means: Tensor, ids: Tensor) -> Tensor:
+        return ids[:0]
+
+    checkpoint, failure = None, None
+    try:
+        world_size = read_manifest(folder).world_size
+        mine = range(communicator.rank, world_size, communicator.size)
+        checkpoint = load_checkpoint(folder, shards=mine or [0], choose=None if mine else nothing)
+    except InputError as error:
+        failure = error
+    try:
+        communicator.raise_together(failure)  # all ranks
+    except PeerError as error:
+        raise InputError(error.message) from error
+    if checkpoint is None:
+        raise RuntimeError("a checkpoint was neither read nor refused")
+    return checkpoint
+
+
+def _newest(place: Path, load: Callable[[Path], Checkpoint]) -> tuple[Checkpoint | None, list[str]]:
     """The newest complete checkpoint of a folder, and what was passed over.
 
     Raises: InputError when there are finished ones and all of them are damaged.
     """
-    search = load_newest(place)
+    search = load_newest(place, load)
     finished = [folder for folder in place.glob("[0-9]*") if (folder / MANIFEST).exists()] if place.is_dir() else []
     if search.checkpoint is None and finished:
         raise InputError(f"none of the checkpoints in {place} can be used. {' '.join(search.skipped)}")
     return search.checkpoint, list(search.skipped)
 
 
-def _named(path: Path, config: TrainConfig) -> tuple[Checkpoint, list[str]]:
+def _named(path: Path, config: TrainConfig, communicator: Communicator) -> tuple[Checkpoint, list[str]]:
     """The checkpoint at a path that the user gave. Raises: InputError."""
+    load = partial(load_part, communicator)
     if path.is_file():
         if path.name == MANIFEST:
-            return load_checkpoint(path.parent), []
-        return _adopted(import_file(path), path, config)
+            return load(path.parent), []
+        return _adopted(import_file(path), path, config, communicator)
     if not path.is_dir():
         raise InputError(f"--start_checkpoint {path} does not exist; give a checkpoint's folder, or a .pth file")
     if (path / MANIFEST).exists():
-        return load_checkpoint(path), []
+        return load(path), []
     if is_grendel_folder(path):
-        return _adopted(import_grendel_folder(path), path, config)
+        return _adopted(import_grendel_folder(path), path, config, communicator)
     for place in (path, path / "checkpoints"):
-        checkpoint, notices = _newest(place)
+        checkpoint, notices = _newest(place, load)
         if checkpoint is not None:
             return checkpoint, notices
         grendel = [folder for folder in place.glob("[0-9]*") if folder.name.isdecimal() and is_grendel_folder(folder)]
         if grendel:
             newest = max(grendel, key=lambda folder: int(folder.name))
-            return _adopted(import_grendel_folder(newest), newest, config)
+            return _adopted(import_grendel_folder(newest), newest, config, communicator)
     hint = next((f"; it holds {file.name}: give that file" for file in sorted(path.glob("chkpnt*.pth"))), "")
     raise InputError(f"--start_checkpoint {path} holds no complete checkpoint ({MANIFEST} and shards){hint}")
 
 
-def _adopted(imported: Imported, path: Path, config: TrainConfig) -> tuple[Checkpoint, list[str]]:
-    """A predecessor's checkpoint as one of ours, with what is known of its run."""
+def _adopted(
+    imported: Imported, path: Path, config: TrainConfig, communicator: Communicator
+) -> tuple[Checkpoint, list[str]]:
+    """A predecessor's checkpoint as one of ours, with what is known of its run; rank 0 has all of its rows."""
+    table = imported.table
+    if not communicator.is_main:
+        table = GaussianTable.empty(table.sh_degree, dtype=table.params["means"].dtype)
+        table.num_updates = imported.table.num_updates
     size = config.optimization.bsz if imported.iteration % config.optimization.bsz == 0 else 1
     state = RunState(
         iteration=imported.iteration,
@@ -116,7 +157,7 @@ def _adopted(imported: Imported, path: Path, config: TrainConfig) -> tuple[Check
         extent=imported.extent,
     )
     notice = f"{path} is another program's: rows, Adam moments and statistics are taken over, its random state is not."
-    return Checkpoint(imported.table, state, path), [*imported.notices, notice]
+    return Checkpoint(table, state, path), [*imported.notices, notice]
 
 
 def _is_inside(path: Path, place: Path) -> bool:
@@ -191,7 +232,8 @@ def check_checkpoint(checkpoint: Checkpoint, config: TrainConfig, data: Mapping[
     if different:
         before = _flat(checkpoint.state.config)
         now = _flat(to_plain(config))
-        changed = [f"--{name} (was {before[name]})" for name in sorted(DATA_FLAGS) if before.get(name) != now.get(name)]
+        known = sorted(name for name in DATA_FLAGS if name in before)  # an older checkpoint lacks newer flags
+        changed = [f"--{name} (was {before[name]})" for name in known if before[name] != now.get(name)]
         hint = f"other flags: {', '.join(changed)}" if changed else "the folder's content has changed"
         raise InputError(
             f"the checkpoint {checkpoint.path} was trained on other data than {config.model.source_path}: "
@@ -234,6 +276,7 @@ def run_state(
     next_step: int,
     extent: float,
     clocks: Mapping[str, Any],
+    shares: Mapping[str, Any],
 ) -> RunState:
     """What a checkpoint that is written behind `window` says about its run."""
     plain = to_plain(config)
@@ -246,6 +289,7 @@ def run_state(
         config={name: value for name, value in plain.items() if name != "given"},
         data=dict(data),
         clocks=dict(clocks),
+        shares=dict(shares),
     )
 
 

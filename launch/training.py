@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training consists of, and how it is built from a configuration: data, table, strategy, sampler, body."""
+"""What a training consists of, and how it is built from a configuration: data, table, strategy, shares, body."""
 
 from __future__ import annotations
 
@@ -10,18 +10,25 @@ import torch
 from torch import Tensor
 
 from distributed.communicator import Communicator
+from distributed.numbering import OrderNumbers, order_numbers
+from distributed.totals import StepNumbers
+from distributed.transfer import sent_to
 from gaussian_renderer.phases import PhaseTimer
-from gaussian_renderer.step import Batch, StepSettings
+from gaussian_renderer.scores import ScoreViews
+from gaussian_renderer.step import Batch, StepResult, StepSettings, StepTools
 from gaussian_renderer.views import KERNEL_ATTRIBUTES
-from launch.config import TrainConfig, pick
-from launch.machine import available_cores
+from launch.config import TrainConfig, pick, to_plain
+from launch.sharing import LocalViews, PixelShares, Redistribution, RowShares, restore_shares
 from launch.start import check_checkpoint, scene_fingerprints
+from launch.world import require_same, threads_per_rank
 from masksplat.ops import Body, get_body
 from masksplat.random import BACKGROUND, uniform
 from masksplat.types import AdamStep, ProjectionSettings
 from scene.cameras import Camera
 from scene.checkpoint import Checkpoint
 from scene.dataset import Scene, SceneOptions, load_scene
+from scene.device_images import DeviceImages
+from scene.errors import InputError
 from scene.gaussians import GaussianTable
 from scene.images import ImageStore
 from scene.points import initial_gaussians
@@ -29,7 +36,7 @@ from scene.sampler import ViewSampler
 from strategies.base import CombinedStrategy
 from strategies.density import DensityConfig
 from strategies.mask import MaskConfig
-from strategies.methods import build_strategy
+from strategies.methods import PruneConfig, build_strategy
 from strategies.optimizer_scaling import OptimizerScaling, PositionRate, scaling_for
 from strategies.schedule import Window
 
@@ -41,17 +48,19 @@ DROP_STREAM_STEP = 0
 
 @dataclass
 class Training:
-    """The parts of one training. Only `table` changes while it runs.
+    """The parts of one training on this rank. Only `table`, `pixels` and `rows` change while it runs.
 
-    data: fingerprints of what is trained on. first_step: the step to begin with, above 0 when a checkpoint is resumed.
+    photos, test_photos: on the table's device. data: fingerprints of what is trained on. first_step: the step to begin
+    with, above 0 when a checkpoint is resumed.
     """
 
     config: TrainConfig
     communicator: Communicator
     scene: Scene
-    photos: ImageStore
-    test_photos: ImageStore | None
-    sampler: ViewSampler
+    photos: DeviceImages
+    test_photos: DeviceImages | None
+    pixels: PixelShares
+    rows: RowShares
     table: GaussianTable
     strategy: CombinedStrategy
     scaling: OptimizerScaling
@@ -60,6 +69,19 @@ class Training:
     phases: PhaseTimer
     data: Mapping[str, str]
     first_step: int = 0
+    _ties: OrderNumbers | None = None
+    _numbered: Tensor | None = None  # the ids that have these numbers
+
+    @property
+    def tools(self) -> StepTools:
+        """What the training step draws with."""
+        return StepTools(self.body, self.communicator, self.phases, self._ties)
+
+    def number_rows(self) -> None:
+        """Give the rows new small numbers when the rows are others than before. All ranks."""
+        if self.communicator.size > 1 and self._numbered is not self.table.ids:
+            self._ties = order_numbers(self.table.ids, self.communicator)
+            self._numbered = self.table.ids
 
     def window(self, step: int) -> Window:
         """The images of step number `step`, counted from 0."""
@@ -76,20 +98,57 @@ class Training:
         return min(self.config.model.sh_degree, window.last // SH_DEGREE_INTERVAL)
 
     def batch(self, step: int) -> Batch:
-        """Cameras, photos and backgrounds of a step; the next step's photos start to decode."""
-        views = self.sampler.batch(step)
-        photos = [self.photos.fetch(view) for view in views]
-        self.photos.prefetch(self.sampler.batch(step + 1))
+        """Cameras, backgrounds and this rank's photos of a step; the next step's photos start to decode."""
+        views, partition = self.pixels.views(step), self.pixels.partition(step)
+        if self.config.debug.check_agreement:
+            self._check_agreement(step, views)
+        photos = []
+        for region in partition.regions[self.communicator.rank]:
+            height = partition.heights[region.view]
+            rows = region.drawn_rows(height)
+            is_whole = rows == (0, height)  # whole photos may stay on the device, strips do not
+            photos.append(self.photos.fetch(views[region.view], *(() if is_whole else rows)))
+        self._prefetch(step + 1)
         backgrounds = [self.background(step, k) for k in range(len(views))]
-        return Batch([self.scene.train[view] for view in views], photos, backgrounds)
+        return Batch([self.scene.train[view] for view in views], backgrounds, partition, photos)
+
+    def _prefetch(self, step: int) -> None:
+        """Start to decode what this rank will draw in a step."""
+        views, mine = self.pixels.views(step), self.pixels.partition(step).regions[self.communicator.rank]
+        self.photos.prefetch([views[region.view] for region in mine])
+
+    def _check_agreement(self, step: int, views: Sequence[int]) -> None:
+        """Compare views, partition and number of updates over ranks. Raises: DisagreementError."""
+        digest = self.pixels.partition(step).digest(step, views) ^ self.table.num_updates
+        self.communicator.require_agreement(f"views and partition of step {step}", digest)
 
     def background(self, step: int | None = None, view: int = 0) -> Tensor:
         """Black, white or, in training with --random_background, a colour of its own for each view; (3,) in [0, 1]."""
+        means = self.table.params["means"]
         if step is not None and self.config.optimization.random_background:
             channels = torch.arange(3, dtype=torch.int64) + 3 * view
             first = self.window(step).first
-            return uniform(self.config.optimization.seed, first, channels, BACKGROUND, torch.float32)
-        return torch.full((3,), float(self.config.model.white_background))
+            drawn = uniform(self.config.optimization.seed, first, channels, BACKGROUND, torch.float32)
+            return sent_to(drawn.to(means.dtype), means.device)
+        return means.new_full((3,), float(self.config.model.white_background))
+
+    def read(self, step: int, result: StepResult) -> StepNumbers:
+        """The numbers of a step, on the host, where the balancer learns from them.
+
+        The only place of the loop where the host waits for the device.
+        """
+        numbers = result.totals.read()
+        self.pixels.observe(step, numbers)
+        return numbers
+
+    def after_event(self) -> Redistribution | None:
+        """Share the Gaussians out again when edits have left the shards uneven. All ranks."""
+        with self.phases("redistribution"):
+            return self.rows.after_event(self.table)
+
+    def total(self, *numbers: float) -> list[float]:
+        """Each number summed over ranks (exact for whole numbers). All ranks."""
+        return self.communicator.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
     def step_settings(self, window: Window) -> StepSettings:
         """What the renderer needs to know for this step."""
@@ -124,42 +183,44 @@ def build_training(
 ) -> Training:
     """Load the data and make everything a training needs; with a checkpoint, its rows and its step are the start.
 
-    Raises: InputError for anything wrong with the data, or when the checkpoint is not of this data.
+    All ranks call it. Raises: InputError for anything wrong with the data, or when the checkpoint is not of this data;
+    PeerError when another rank raised that.
     """
-    threads = config.pipeline.threads or available_cores()
-    torch.set_num_threads(1)  # the kernels bring their own threads, and OpenMP's would spin beside them
-    scene = load_scene(config.model.source_path, pick(SceneOptions, config.model), progress=show_progress)
-    data = scene_fingerprints(scene)
-    if checkpoint is not None:
-        check_checkpoint(checkpoint, config, data)
-    table = checkpoint.table if checkpoint is not None else initial_table(config, scene, show_progress=show_progress)
     optimization = config.optimization
-    density = None if config.density.disable_auto_densification else pick(DensityConfig, config.density, config.model)
+    torch.set_num_threads(1)  # the kernels bring their own threads, and OpenMP's would spin beside them
+    with communicator.all_or_none(InputError):
+        scene = load_scene(config.model.source_path, pick(SceneOptions, config.model), progress=show_progress)
+        data = scene_fingerprints(scene)
+        if checkpoint is not None:
+            check_checkpoint(checkpoint, config, data)
+        batches = choose_batches(config, len(scene.train), communicator)
+    require_same(communicator, "command line and data", repr(to_plain(config)).encode(), repr(data).encode())
+    pixels = PixelShares(communicator, scene.train, batches, learns_costs=not config.distribution.no_heuristics_update)
+    rows = row_shares(config, communicator)
+    table = first_table(config, scene, communicator, checkpoint, show_progress=show_progress)
+    if checkpoint is not None:
+        restore_shares(pixels, rows, checkpoint.state.shares)
+    if checkpoint is None or checkpoint.num_shards != communicator.size:
+        rows.share_out(table)
+    photos, test_photos = open_all_photos(config, scene, communicator, show_progress=show_progress)
+    body = choose_body(config.pipeline.backend, threads_per_rank(config.pipeline.threads, communicator))
     return Training(
         config=config,
         communicator=communicator,
         scene=scene,
-        photos=open_photos(config, scene.train, threads=threads, show_progress=show_progress),
-        test_photos=open_photos(config, scene.test, threads=threads, show_progress=show_progress)
-        if scene.test
-        else None,
-        sampler=ViewSampler(len(scene.train), optimization.bsz, optimization.seed),
+        photos=photos,
+        test_photos=test_photos,
+        pixels=pixels,
+        rows=rows,
         table=table,
-        strategy=build_strategy(
-            config.mask.prune_method,
-            density=density,
-            mask=pick(MaskConfig, config.mask),
-            extent=scene.extent,
-            iterations=optimization.iterations,
-            ranks=communicator,
-        ),
+        strategy=choose_strategy(config, scene, communicator, body),
         scaling=scaling_for(optimization.lr_scale_mode, optimization.bsz),
         position_rate=PositionRate(
             optimization.position_lr_init * scene.extent,
             optimization.position_lr_final * scene.extent,
             optimization.position_lr_max_steps,
         ),
-        body=choose_body(config.pipeline.backend, threads),
+        body=body,
         phases=PhaseTimer(),
         data=data,
         first_step=checkpoint.state.iteration // optimization.bsz if checkpoint is not None else 0,
@@ -171,16 +232,92 @@ def choose_body(backend: str, threads: int) -> Body:
     return get_body({"diff": "auto", "default": "auto"}.get(backend, backend), num_threads=threads)
 
 
-def open_photos(config: TrainConfig, cameras: Sequence[Camera], *, threads: int, show_progress: bool) -> ImageStore:
-    """The photos of some cameras, decoded as far as the memory for them goes."""
+def choose_batches(config: TrainConfig, num_views: int, communicator: Communicator) -> ViewSampler | LocalViews:
+    """Which views each step draws. Raises: InputError when --local_sampling does not fit the number of processes."""
+    optimization = config.optimization
+    if config.distribution.local_sampling and communicator.size > 1:
+        return LocalViews(num_views, optimization.bsz, optimization.seed, communicator.size)
+    return ViewSampler(num_views, optimization.bsz, optimization.seed)
+
+
+def choose_strategy(config: TrainConfig, scene: Scene, communicator: Communicator, body: Body) -> CombinedStrategy:
+    """Density control and the pruning method, with the pass over the training views that its scores need."""
+    density = None if config.density.disable_auto_densification else pick(DensityConfig, config.density, config.model)
+    return build_strategy(
+        config.mask.prune_method,
+        density=density,
+        mask=pick(MaskConfig, config.mask),
+        prune=pick(PruneConfig, config.prune),
+        extent=scene.extent,
+        iterations=config.optimization.iterations,
+        ranks=communicator,
+        score_views=ScoreViews(body, scene.train, communicator, config.pipeline.antialiasing),
+    )
+
+
+def row_shares(config: TrainConfig, communicator: Communicator) -> RowShares:
+    """How Gaussians are shared out over ranks, by the flags."""
+    flags = config.distribution
+    return RowShares(
+        communicator,
+        flags.redistribute_gaussians_mode,
+        flags.redistribute_gaussians_frequency,
+        flags.redistribute_gaussians_threshold,
+        config.optimization.seed,
+    )
+
+
+def open_all_photos(
+    config: TrainConfig, scene: Scene, communicator: Communicator, *, show_progress: bool
+) -> tuple[DeviceImages, DeviceImages | None]:
+    """The photos of the training and of the test views, if there are any. All ranks.
+
+    Raises: InputError, PeerError as `build_training`.
+    """
+    with communicator.all_or_none(InputError):
+        photos = open_photos(config, scene.train, communicator, show_progress=show_progress)
+        test = open_photos(config, scene.test, communicator, show_progress=show_progress) if scene.test else None
+    return photos, test
+
+
+def open_photos(
+    config: TrainConfig, cameras: Sequence[Camera], communicator: Communicator, *, show_progress: bool
+) -> DeviceImages:
+    """The photos of some cameras, decoded as far as this process's part of the memory for them goes."""
     store = ImageStore(
         cameras,
         background=(float(config.model.white_background),) * 3,
-        byte_budget=int(config.pipeline.image_cache_gb * (1 << 30)),
-        num_threads=threads,
+        byte_budget=int(config.pipeline.image_cache_gb * (1 << 30)) // communicator.local_size,
+        num_threads=threads_per_rank(config.pipeline.threads, communicator),
     )
     store.preload(show_progress)
-    return store
+    return DeviceImages(store, communicator.device, byte_budget=device_budget(config, cameras, communicator.device))
+
+
+def device_budget(config: TrainConfig, cameras: Sequence[Camera], device: torch.device) -> int:
+    """Bytes of GPU memory for photos: all of them when --preload_dataset_to_gpu or its threshold says so, else none."""
+    flags, num_bytes = config.distribution, sum(3 * camera.width * camera.height for camera in cameras)
+    is_small = num_bytes <= flags.preload_dataset_to_gpu_threshold * 1e9
+    return num_bytes if device.type == "cuda" and (flags.preload_dataset_to_gpu or is_small) else 0
+
+
+def first_table(
+    config: TrainConfig,
+    scene: Scene,
+    communicator: Communicator,
+    checkpoint: Checkpoint | None,
+    *,
+    show_progress: bool,
+) -> GaussianTable:
+    """This rank's rows to begin with: a checkpoint's, or those of the points, which rank 0 has before they are shared.
+
+    On the device of the communicator.
+    """
+    if checkpoint is not None:
+        return checkpoint.table.to(communicator.device)
+    if not communicator.is_main:
+        return GaussianTable.empty(config.model.sh_degree).to(communicator.device)
+    return initial_table(config, scene, show_progress=show_progress).to(communicator.device)
 
 
 def initial_table(config: TrainConfig, scene: Scene, *, show_progress: bool) -> GaussianTable:

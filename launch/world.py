@@ -1,17 +1,110 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many processes a launcher has started, before any of them waits for another."""
+"""How a script becomes one of several processes, and how all of them end when one does.
+
+An error on one rank ends the others within seconds and is printed once: a rank that fails leaves a note before it ends,
+and a rank whose collectives fail because of that finds the note and ends without a word.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from distributed.communicator import Communicator, DisagreementError, PeerError
+from launch.config import TrainConfig
+from launch.machine import available_cores
+from masksplat.ops import BODY_NAMES
+from scene.checkpoint import fingerprint
+from scene.errors import InputError
+
+Config = TypeVar("Config")
+
+DEVICE_BACKENDS = frozenset({"cuda", "gsplat"})
 
 
-def refuse_several_processes(environment: Mapping[str, str] = os.environ) -> None:
-    """Raises: ValueError when torchrun started several processes: the training step draws in one only."""
-    size = environment.get("WORLD_SIZE", "1")
-    if size != "1":
-        raise ValueError(
-            f"training on several processes is not built in yet (WORLD_SIZE is {size}); run python train.py "
-            "without torchrun, or with --nproc-per-node=1"
-        )
+def parse_once(
+    parse: Callable[[Sequence[str]], Config],
+    arguments: Sequence[str],
+    environment: Mapping[str, str] = os.environ,
+) -> Config:
+    """`parse(arguments)`; all ranks have the same command line, so only rank 0 speaks about a mistake in it.
+
+    Raises: InputError on rank 0, PeerError on the others.
+    """
+    try:
+        return parse(arguments)
+    except InputError as error:
+        if environment.get("RANK", "0") == "0":
+            raise
+        raise PeerError(0, str(error)) from error
+
+
+def device_type_of(backend: str) -> str:
+    """ "cuda" or "cpu": where --backend draws. diff and default mean a CUDA device when there is one."""
+    if backend in DEVICE_BACKENDS:
+        return "cuda"
+    is_free = backend in ("diff", "default", "auto")
+    return "cuda" if is_free and "cuda" in BODY_NAMES and torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def joined_world(device_type: str = "cpu", environment: Mapping[str, str] = os.environ) -> Iterator[Communicator]:
+    """This process's place among the processes of the run, until the block ends.
+
+    Raises: InputError when the launcher's variables make no sense or the others do not appear; PeerError when another
+    rank failed first.
+    """
+    try:
+        communicator = Communicator.from_environment(environment, device_type=device_type)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(str(error)) from error
+    with ending_together(communicator):
+        yield communicator
+    communicator.close()
+
+
+@contextmanager
+def ending_together(communicator: Communicator) -> Iterator[None]:
+    """A block whose errors end all ranks and are reported by the first rank that has one.
+
+    Raises: PeerError instead of the block's error when another rank was first.
+    """
+    try:
+        yield
+    except PeerError:
+        raise
+    except Exception as error:
+        first = communicator.announce(error)
+        if first is not None:
+            raise first from error
+        raise
+
+
+def agree_on_folder(config: TrainConfig, communicator: Communicator) -> TrainConfig:
+    """The configuration with rank 0's model folder: without -m its name is random."""
+    path = communicator.broadcast_bytes(os.fsencode(config.model.model_path))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, model_path=Path(os.fsdecode(path))))
+
+
+def require_same(communicator: Communicator, what: str, *parts: bytes) -> None:
+    """Check that all ranks bring the same bytes.
+
+    Raises: InputError on every rank, naming the first one that differs.
+    """
+    try:
+        communicator.require_agreement(what, int(fingerprint(*parts)[:15], 16))
+    except DisagreementError as error:
+        raise InputError(
+            f"{error}; start all processes with the same command and let them see the same files"
+        ) from error
+
+
+def threads_per_rank(threads: int, communicator: Communicator) -> int:
+    """CPU threads of this process: what --threads says, or its share of the machine's cores."""
+    return threads or max(1, available_cores() // communicator.local_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from distributed.communicator import Communicator
 from launch.config import RenderConfig, RenderFlags, TrainConfig
 from launch.measure import Measures, choose_measures, measure_model, print_results
 from launch.render_views import render_model
@@ -13,8 +14,10 @@ from launch.report import write_report
 MOST_TRAIN_VIEWS = 12  # rendered for the report of a run without test views
 
 
-def wrap_up(config: TrainConfig, *, num_train: int, num_test: int) -> Path | None:
+def wrap_up(config: TrainConfig, ranks: Communicator, *, num_train: int, num_test: int) -> Path | None:
     """Render, measure and report the newest saved model of a training that has ended; return the report's path.
+
+    All ranks call it: views are dealt out over them, rank 0 writes the report.
 
     `--render_and_evaluate` renders both sets and measures the test views with LPIPS, as the LP-3DGS programs do. The
     report alone needs the test views, or some training views without them, and PSNR and SSIM.
@@ -26,12 +29,13 @@ def wrap_up(config: TrainConfig, *, num_train: int, num_test: int) -> Path | Non
     is_full = config.logging.render_and_evaluate
     if is_full or config.logging.report:
         flags = RenderFlags(quiet=quiet) if is_full else _flags_for_report(num_train, num_test, quiet=quiet)
-        render_model(RenderConfig(config.model, config.pipeline, flags))
+        render_model(RenderConfig(config.model, config.pipeline, flags), ranks)
         measures = choose_measures("auto") if is_full and num_test else Measures()
-        results = measure_model(model_path, "test" if num_test else "train", measures=measures, progress=not quiet)
-        if not quiet:
+        mode, is_shown = "test" if num_test else "train", ranks.is_main and not quiet
+        results = measure_model(model_path, mode, measures=measures, progress=is_shown, ranks=ranks)
+        if is_shown:
             print_results(model_path, results)
-    if not config.logging.report:
+    if not config.logging.report or not ranks.is_main:
         return None
     report = write_report(model_path)
     print(f"Report: {report.absolute()}")

@@ -64,11 +64,15 @@ class Ranks(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A checkpoint that was read: rows, where its run stood, and the file or folder it came from."""
+    """A checkpoint that was read: rows, where its run stood, and the file or folder it came from.
+
+    num_shards: ranks that wrote it, each a part; 1 for a predecessor's.
+    """
 
     table: GaussianTable
     state: RunState
     path: Path
+    num_shards: int = 1
 
 
 RowChoice = Callable[[Tensor, Tensor], Tensor]
@@ -120,7 +124,7 @@ def load_checkpoint(
     if choose is not None:
         rows = choose(tensors["params.means"], ids)
         tensors = {name: values.index_select(0, rows) for name, values in tensors.items()}
-    return Checkpoint(_table_of(tensors, manifest), manifest.state, folder)
+    return Checkpoint(_table_of(tensors, manifest), manifest.state, folder, manifest.world_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,15 +135,18 @@ class Search:
     skipped: tuple[str, ...]
 
 
-def load_newest(place: Path) -> Search:
-    """Read the complete checkpoint with the highest number in a folder; damaged and unfinished ones are passed over."""
+def load_newest(place: Path, load: Callable[[Path], Checkpoint] = load_checkpoint) -> Search:
+    """Read the complete checkpoint with the highest number in a folder; damaged and unfinished ones are passed over.
+
+    Args: load: reads one of them, or raises InputError when it cannot be used.
+    """
     skipped: list[str] = []
     for folder in _candidates(place):
         if folder.name.endswith(".partial"):
             skipped.append(f"{folder} was passed over: the run ended while it was being written.")
             continue
         try:
-            return Search(load_checkpoint(folder), tuple(skipped))
+            return Search(load(folder), tuple(skipped))
         except InputError as error:
             skipped.append(f"{folder} was passed over: {error}")
     return Search(None, tuple(skipped))

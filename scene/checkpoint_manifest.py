@@ -33,7 +33,8 @@ class RunState:
 
     iteration: images done; next_step: number of the next step, from 0; batch_size: images per step so far.
     extent: of the scene, world units. config, data: configuration and fingerprints of the data as plain values, empty
-    where unknown (predecessors' checkpoints). clocks: seconds and memory so far, for the log.
+    where unknown (predecessors' checkpoints). clocks: seconds and memory so far, for the log. shares: what later
+    decisions about who draws and owns what depend on.
     """
 
     iteration: int
@@ -44,6 +45,7 @@ class RunState:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     data: Mapping[str, str] = dataclasses.field(default_factory=dict)
     clocks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    shares: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         numbers = (self.iteration, self.next_step, self.batch_size, self.seed)

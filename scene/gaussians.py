@@ -121,6 +121,27 @@ class GaussianTable:
             ids=ids.to(device).clone(),
         )
 
+    @classmethod
+    def empty(cls, sh_degree: int, *, dtype: torch.dtype = torch.float32) -> GaussianTable:
+        """A table without rows."""
+        specs = attributes_for(sh_degree)
+        return cls.from_arrays({spec.name: np.empty((0, *spec.shape)) for spec in specs}, dtype=dtype)
+
+    def to(self, device: torch.device) -> GaussianTable:
+        """The same rows on a device; what is there already is not copied."""
+
+        def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: values.to(device) for name, values in tensors.items()}
+
+        return GaussianTable(
+            params=moved(self.params),
+            exp_avg=moved(self.exp_avg),
+            exp_avg_sq=moved(self.exp_avg_sq),
+            statistics=moved(self.statistics),
+            ids=self.ids.to(device),
+            num_updates=self.num_updates,
+        )
+
     def __len__(self) -> int:
         """The number of rows, N."""
         return len(self.ids)

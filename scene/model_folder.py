@@ -4,6 +4,7 @@
     MODEL/cfg_args, config.json, cameras.json, input.ply, metrics.jsonl, train.log, report.html
     MODEL/point_cloud/iteration_N/point_cloud.ply
     MODEL/checkpoints/N/
+    MODEL/ranks/, strategy_history.jsonl          training on several processes
     MODEL/{train,test}/ours_N/{renders,gt}/00000.png
     MODEL/results.json, per_view.json
 
@@ -105,6 +106,27 @@ class ModelFolder:
     def train_log(self) -> Path:
         """What the terminal showed, with times."""
         return self.path / "train.log"
+
+    @property
+    def strategy_history(self) -> Path:
+        """One JSON object per step: who drew what, and what it cost."""
+        return self.path / "strategy_history.jsonl"
+
+    def rank_log(self, rank: int) -> Path:
+        """What a process other than the first would have shown on a terminal; its folder is made."""
+        return self._rank_folder() / f"train-{rank}.log"
+
+    def rank_metrics(self, rank: int) -> Path:
+        """One JSON object per line: what one process measured of itself; its folder is made."""
+        return self._rank_folder() / f"metrics-{rank}.jsonl"
+
+    def _rank_folder(self) -> Path:
+        folder = self.path / "ranks"
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder} cannot be made: {_cause(error)}. Choose another folder with -m.") from error
+        return folder
 
     @property
     def checkpoints(self) -> Path:

@@ -11,16 +11,19 @@ Letters: N vertices, K spherical-harmonics bases.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from distributed.communicator import Communicator
 from scene.errors import InputError
 from scene.gaussians import AttributeSpec, attributes_for
 
@@ -46,27 +49,39 @@ def model_columns(sh_degree: int) -> tuple[str, ...]:
     )
 
 
-def save_ply(path: Path, params: Mapping[str, Tensor], *, keep: Tensor | None = None) -> int:
+def save_ply(
+    path: Path, params: Mapping[str, Tensor], *, keep: Tensor | None = None, ranks: Communicator | None = None
+) -> int:
     """Write the rows where `keep` holds (all without it) as a model file; return how many were written.
 
-    Args: params: attribute name -> (N, *shape) raw parameters (mask logits are not written); keep: (N,) bool.
+    Args: params: attribute name -> (N, *shape) raw parameters (mask logits are not written); keep: (N,) bool; ranks:
+    the world whose rows make one file, rank 0's first. All ranks call it, rank 0 writes and has one block of rows of
+    one other rank in memory at a time.
     The file appears under its name only when it is complete and on disk.
-    Raises: InputError when a value is not a finite float32, or the file cannot be written.
+    Raises: InputError when a value is not a finite float32, or the file cannot be written; PeerError on those of
+    several ranks that have no error of their own.
     """
+    ranks = ranks if ranks is not None else Communicator()
     specs = attributes_for(math.isqrt(params["shN"].shape[1] + 1) - 1)
     columns = model_columns(math.isqrt(params["shN"].shape[1] + 1) - 1)
     rows = np.arange(len(params["means"])) if keep is None else keep.cpu().numpy().nonzero()[0]
     arrays = {spec.name: params[spec.name].detach().cpu().numpy() for spec in specs if spec.is_in_ply}
-    for name, values in arrays.items():
-        _require_finite(path, name, values, rows)
-
-    def write(file: BinaryIO) -> None:
-        file.write(_header([(column, "float") for column in columns], len(rows)))
-        blocks = (rows[start : start + ROWS_PER_BLOCK] for start in range(0, len(rows), ROWS_PER_BLOCK))
-        file.writelines(_model_block(arrays, specs, columns, block).tobytes() for block in blocks)
-
-    _write_atomically(path, write)
-    return len(rows)
+    with ranks.all_or_none(InputError):
+        for name, values in arrays.items():
+            _require_finite(path, name, values, rows)
+    counts = [row[0] for row in ranks.gather_counts([len(rows)])]  # all ranks
+    header = _header([(column, "float") for column in columns], sum(counts))
+    blocks = _blocks_of_ranks(ranks, counts, lambda part: _model_block(arrays, specs, columns, rows[part]))
+    failure: InputError | None = None
+    if ranks.is_main:
+        try:
+            _write_atomically(path, lambda file: file.writelines(itertools.chain([header], blocks)))
+        except InputError as error:
+            failure = error
+    for _ in blocks:  # who does not write, or could not, still takes part
+        pass
+    ranks.raise_together(failure)
+    return sum(counts)
 
 
 def load_ply(path: Path) -> dict[str, np.ndarray]:
@@ -276,8 +291,24 @@ def _model_block(
     for spec in specs:
         if spec.is_in_ply:
             places = [place[column] for column in spec.ply_columns]
-            block[:, places] = arrays[spec.name][rows].reshape(len(rows), -1)
+            block[:, places] = arrays[spec.name][rows].reshape(len(rows), len(places))
     return block
+
+
+def _blocks_of_ranks(
+    ranks: Communicator, counts: Sequence[int], block_of: Callable[[slice], np.ndarray]
+) -> Iterator[bytes]:
+    """The records of all ranks' rows, rank after rank, at rank 0; the other ranks yield nothing of use. All ranks."""
+    for source, count in enumerate(counts):
+        for start in range(0, count, ROWS_PER_BLOCK):
+            size = min(ROWS_PER_BLOCK, count - start)
+            # A block of no rows has the right columns, too.
+            block = block_of(slice(start, start + size) if ranks.rank == source else slice(0, 0))
+            if source != 0:
+                sent = [size if ranks.rank == source and target == 0 else 0 for target in range(ranks.size)]
+                received = [size if ranks.is_main and rank == source else 0 for rank in range(ranks.size)]
+                block = ranks.all_to_all_rows(torch.from_numpy(block), sent, received).numpy()  # all ranks
+            yield block.tobytes() if ranks.is_main else b""
 
 
 def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
