@@ -20,10 +20,12 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from distributed.communicator import Communicator, PeerError
 from gaussian_renderer.image_quality import psnr, ssim
 from gaussian_renderer.lpips import Lpips, WeightsMissingError, load_lpips
 from launch.cli import parse_metrics
-from launch.machine import available_cores
+from launch.config import MetricsFlags
+from launch.world import joined_world, parse_once, threads_per_rank
 from scene.errors import InputError
 from scene.model_folder import SPLITS, ModelFolder, write_json_atomically
 
@@ -37,6 +39,11 @@ class Measures:
 
     lpips: Lpips | None = None
     lpips_key: str = "LPIPS"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names of the measures."""
+        return ("SSIM", "PSNR") if self.lpips is None else ("SSIM", "PSNR", self.lpips_key)
 
     def of(self, render: torch.Tensor, photo: torch.Tensor) -> dict[str, float]:
         """Return SSIM, PSNR (dB) and perhaps LPIPS of two (H, w, 3) uint8 images."""
@@ -65,43 +72,68 @@ def choose_measures(network: str, *, notify: Callable[[str], None] = print) -> M
 
 
 def measure_model(
-    model_path: Path, mode: str = "test", *, measures: Measures | None = None, progress: bool = True
+    model_path: Path,
+    mode: str = "test",
+    *,
+    measures: Measures | None = None,
+    progress: bool = True,
+    ranks: Communicator | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measure every rendered iteration of a model, write the two JSON files, and return the content of the first.
+
+    All ranks call it: views are dealt out over them, rank 0 writes.
 
     Args:
         model_path: folder of the model.
         mode: "test" or "train", the set whose renders are measured.
         measures: what to measure; None: SSIM and PSNR.
         progress: show a bar on stderr.
+        ranks: the processes that share the work; None: this one alone.
 
     Raises:
-        InputError: nothing was rendered, or renders and photos do not belong together.
+        InputError: nothing was rendered, or renders and photos do not belong together; PeerError on the ranks that had
+            no error of their own.
     """
+    ranks = ranks if ranks is not None else Communicator()
     folder = ModelFolder.open(model_path)
     methods = _rendered_methods(folder, mode)
     results: dict[str, dict[str, Any]] = {}
     per_view: dict[str, dict[str, dict[str, float]]] = {}
     for method in methods:
-        views = measure_views(folder.path / mode / method, measures or Measures(), progress=progress)
+        views = measure_views(folder.path / mode / method, measures or Measures(), progress=progress, ranks=ranks)
         keys = next(iter(views.values())).keys()
         per_view[method] = {key: {name: values[key] for name, values in views.items()} for key in keys}
         means = {key: float(np.mean(list(column.values()))) for key, column in per_view[method].items()}
         results[method] = {**means, "protocol": PROTOCOL}
-    write_json_atomically(folder.results(mode), results)
-    write_json_atomically(folder.per_view(mode), per_view)
+    with ranks.all_or_none(InputError):
+        if ranks.is_main:
+            write_json_atomically(folder.results(mode), results)
+            write_json_atomically(folder.per_view(mode), per_view)
     return results
 
 
-def measure_views(folder: Path, measures: Measures, *, progress: bool = True) -> dict[str, dict[str, float]]:
+def measure_views(
+    folder: Path, measures: Measures, *, progress: bool = True, ranks: Communicator | None = None
+) -> dict[str, dict[str, float]]:
     """Return the measures of each pair of `folder`/renders and `folder`/gt by file name, in the order of names.
 
-    Raises:
-        InputError: a folder is missing or empty, the names differ, an image is damaged, or a pair differs in size.
+    All ranks call it and get all of them. Raises:
+        InputError: a folder is missing or empty, the names differ, an image is damaged, or a pair differs in size;
+            PeerError on the ranks that had no error of their own.
     """
-    names = paired_names(folder)
-    bar = tqdm(names, desc=f"measuring {folder.name}", unit="view", disable=not progress, dynamic_ncols=True)
-    return {name: measures.of(*_read_pair(folder, name)) for name in bar}
+    ranks = ranks if ranks is not None else Communicator()
+    values: dict[int, dict[str, float]] = {}
+    with ranks.all_or_none(InputError):
+        names = paired_names(folder)
+        mine = range(ranks.rank, len(names), ranks.size)
+        label = f"measuring {folder.name}"
+        for index in tqdm(mine, desc=label, unit="view", disable=not progress, dynamic_ncols=True):
+            values[index] = measures.of(*_read_pair(folder, names[index]))
+    numbers = torch.zeros(len(names), len(measures.keys), dtype=torch.float64)
+    for index, measured in values.items():
+        numbers[index] = torch.tensor([measured[key] for key in measures.keys], dtype=torch.float64)
+    rows = ranks.sum(numbers).tolist()  # all ranks
+    return {name: dict(zip(measures.keys, row, strict=True)) for name, row in zip(names, rows, strict=True)}
 
 
 def paired_names(folder: Path) -> list[str]:
@@ -188,17 +220,25 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         InputError: the command line is wrong, or LPIPS weights that were asked for by name are missing.
     """
-    flags = parse_metrics(arguments).metrics
-    torch.set_num_threads(flags.threads or available_cores())
-    measures = choose_measures(flags.lpips, notify=_ignore if flags.quiet else print)
+    flags = parse_once(parse_metrics, arguments).metrics
+    with joined_world() as ranks:
+        return 2 if _measure_models(flags, ranks) else 0
+
+
+def _measure_models(flags: MetricsFlags, ranks: Communicator) -> int:
+    """Measure one model after the other; return how many could not be measured. All ranks."""
+    torch.set_num_threads(threads_per_rank(flags.threads, ranks))
+    is_shown = ranks.is_main and not flags.quiet
+    measures = choose_measures(flags.lpips, notify=print if is_shown else _ignore)
     failures = 0
     for model_path in flags.model_paths:
         try:
-            results = measure_model(model_path, flags.mode, measures=measures, progress=not flags.quiet)
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+            results = measure_model(model_path, flags.mode, measures=measures, progress=is_shown, ranks=ranks)
+        except (InputError, PeerError) as error:
+            if ranks.is_main:
+                print(f"error: {error}", file=sys.stderr)
             failures += 1
             continue
-        if not flags.quiet:
+        if is_shown:
             print_results(model_path, results)
-    return 2 if failures else 0
+    return failures

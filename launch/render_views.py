@@ -22,12 +22,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from distributed.communicator import Communicator
 from gaussian_renderer.image_quality import to_8bit
 from gaussian_renderer.rendering import RenderedView, render_rgb, render_view
 from launch.cli import parse_render
 from launch.config import RenderConfig, RenderFlags, pick
-from launch.machine import available_cores
 from launch.training import choose_body
+from launch.world import device_type_of, joined_world, parse_once, threads_per_rank
 from masksplat.ops import Body
 from scene.cameras import Camera
 from scene.dataset import Scene, SceneOptions, load_scene
@@ -73,37 +74,44 @@ class Drawer:
         )
 
 
-def render_model(config: RenderConfig) -> int:
+def render_model(config: RenderConfig, ranks: Communicator | None = None) -> int:
     """Render the views that the configuration asks for; return how many were rendered.
 
+    All ranks call it: each has the whole model and draws every W-th view.
+
     Raises:
-        InputError: the model or its data set cannot be read, there is no such view, or a picture cannot be written.
+        InputError: the model or its data set cannot be read, there is no such view, or a picture cannot be written;
+            PeerError on the ranks that had no error of their own.
     """
-    folder = ModelFolder.open(config.model.model_path)
-    iteration = folder.find_iteration(config.render.iteration)
-    threads = config.pipeline.threads or available_cores()
-    torch.set_num_threads(threads)
-    drawer = load_drawer(config, folder.point_cloud(iteration), threads)
-    scene = load_scene(config.model.source_path, pick(SceneOptions, config.model), progress=not config.render.quiet)
-    splits = _wanted_splits(config, scene)
-    if not config.render.quiet:
+    ranks = ranks if ranks is not None else Communicator()
+    is_shown = ranks.is_main and not config.render.quiet
+    with ranks.all_or_none(InputError):
+        folder = ModelFolder.open(config.model.model_path)
+        iteration = folder.find_iteration(config.render.iteration)
+        threads = threads_per_rank(config.pipeline.threads, ranks)
+        torch.set_num_threads(threads)
+        drawer = load_drawer(config, folder.point_cloud(iteration), threads, ranks.device)
+        scene = load_scene(config.model.source_path, pick(SceneOptions, config.model), progress=is_shown)
+        splits = _wanted_splits(config, scene)
+    if is_shown:
         print(f"{len(drawer.params['means']):,} Gaussians of iteration {iteration:,}")
-    return sum(_render_split(config, drawer, cameras, folder, split, iteration) for split, cameras in splits.items())
+    places = {split: folder.split_folder(split, iteration) for split in splits}
+    return sum(_render_split(config, drawer, cameras, places[split], ranks) for split, cameras in splits.items())
 
 
-def load_drawer(config: RenderConfig, ply: Path, threads: int) -> Drawer:
+def load_drawer(config: RenderConfig, ply: Path, threads: int, device: torch.device | str = "cpu") -> Drawer:
     """Return the model of a ply file, ready to be drawn as it was trained.
 
     Raises:
         InputError: the file is missing or damaged, or it holds no Gaussian.
     """
-    params = {name: torch.from_numpy(values) for name, values in load_ply(ply).items()}
+    params = {name: torch.from_numpy(values).to(device) for name, values in load_ply(ply).items()}
     if not len(params["means"]):
         raise InputError(f"{ply} holds no Gaussian; give another --iteration or train again.")
     return Drawer(
         params=params,
         sh_degree={0: 0, 3: 1, 8: 2, 15: 3}[params["shN"].shape[1]],
-        background=torch.full((3,), float(config.model.white_background)),
+        background=torch.full((3,), float(config.model.white_background), device=device),
         body=choose_body(config.pipeline.backend, threads),
         antialiased=config.pipeline.antialiasing,
     )
@@ -139,20 +147,46 @@ def _wanted_splits(config: RenderConfig, scene: Scene) -> dict[str, tuple[Camera
 
 
 def _render_split(
-    config: RenderConfig, drawer: Drawer, cameras: Sequence[Camera], folder: ModelFolder, split: str, iteration: int
+    config: RenderConfig, drawer: Drawer, cameras: Sequence[Camera], place: Path, ranks: Communicator
 ) -> int:
-    """Render the chosen views of one set and write their pictures; return how many."""
-    flags, place = config.render, folder.split_folder(split, iteration)
-    indices = chosen_views(len(cameras), flags)
-    if len(indices) == len(cameras):
-        _remove_stale(place, len(cameras))
-    scales: dict[str, float] = {}
-    seconds = 0.0
-    bar = tqdm(indices, desc=f"rendering {split}", unit="view", disable=flags.quiet, dynamic_ncols=True)
-    with _open_photos(config, cameras) as photos, PictureWriter(config.pipeline.threads or available_cores()) as writer:
-        photos.prefetch(indices)
-        for index in bar:
-            name, start = f"{index:05d}.png", time.perf_counter()
+    """Render the chosen views of one set into its folder; return how many there are. All ranks."""
+    flags, indices = config.render, chosen_views(len(cameras), config.render)
+    scales = torch.zeros(len(indices), dtype=torch.float64)
+    with ranks.all_or_none(InputError):
+        if ranks.is_main and len(indices) == len(cameras):
+            _remove_stale(place, len(cameras))
+        seconds = _draw_views(config, drawer, cameras, place, ranks, scales)
+    scales = ranks.sum(scales)  # all ranks
+    seconds = float(ranks.max(torch.tensor(seconds, dtype=torch.float64)))
+    with ranks.all_or_none(InputError):
+        if ranks.is_main and flags.depth:
+            factors = {_name(index): scale for index, scale in zip(indices, scales.tolist(), strict=True)}
+            write_json_atomically(place / "depth" / "scales.json", factors)
+    if ranks.is_main and not flags.quiet:
+        rate = len(indices) / max(seconds, 1e-9)
+        print(f"{len(indices)} {place.parent.name} views in {place}, drawn in {seconds:.2f} s ({rate:.1f} views/s)")
+    return len(indices)
+
+
+def _draw_views(
+    config: RenderConfig,
+    drawer: Drawer,
+    cameras: Sequence[Camera],
+    place: Path,
+    ranks: Communicator,
+    scales: Tensor,
+) -> float:
+    """Draw this rank's views, write their pictures, fill in the factors of depth; return the seconds of drawing."""
+    flags, indices, seconds = config.render, chosen_views(len(cameras), config.render), 0.0
+    mine = range(ranks.rank, len(indices), ranks.size)
+    is_shown = ranks.is_main and not flags.quiet
+    bar = tqdm(mine, desc=f"rendering {place.parent.name}", unit="view", disable=not is_shown, dynamic_ncols=True)
+    threads = threads_per_rank(config.pipeline.threads, ranks)
+    with _open_photos(config, cameras, threads) as photos, PictureWriter(threads) as writer:
+        photos.prefetch([indices[number] for number in mine])
+        for number in bar:
+            index = indices[number]
+            name, start = _name(index), time.perf_counter()
             if flags.depth or flags.alpha:
                 view = drawer.view(cameras[index])
                 rgb = view.rgb
@@ -164,14 +198,15 @@ def _render_split(
             if view is not None and flags.alpha:
                 writer.write(place / "alpha" / name, to_8bit(view.alpha))
             if view is not None and flags.depth:
-                scales[name] = max(float(view.depth.max()), 1e-12) / DEPTH_LEVELS
-                writer.write(place / "depth" / name, _depth_levels(view.depth, scales[name]))
-    if scales:
-        write_json_atomically(place / "depth" / "scales.json", scales)
-    if not flags.quiet:
-        rate = len(indices) / max(seconds, 1e-9)
-        print(f"{len(indices)} {split} views in {place}, drawn in {seconds:.2f} s ({rate:.1f} views/s)")
-    return len(indices)
+                scale = max(float(view.depth.max()), 1e-12) / DEPTH_LEVELS
+                writer.write(place / "depth" / name, _depth_levels(view.depth, scale))
+                scales[number] = scale
+    return seconds
+
+
+def _name(index: int) -> str:
+    """The file name of a view's pictures."""
+    return f"{index:05d}.png"
 
 
 def _depth_levels(depth: Tensor, scale: float) -> Tensor:
@@ -179,13 +214,13 @@ def _depth_levels(depth: Tensor, scale: float) -> Tensor:
     return (depth / scale).round().clamp(0, DEPTH_LEVELS).to(torch.int32)
 
 
-def _open_photos(config: RenderConfig, cameras: Sequence[Camera]) -> ImageStore:
+def _open_photos(config: RenderConfig, cameras: Sequence[Camera], threads: int) -> ImageStore:
     """Return the photos of some cameras, composited on the model's background."""
     return ImageStore(
         cameras,
         background=(float(config.model.white_background),) * 3,
         byte_budget=int(config.pipeline.image_cache_gb * (1 << 30)),
-        num_threads=config.pipeline.threads or available_cores(),
+        num_threads=threads,
     )
 
 
@@ -242,9 +277,10 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         InputError: see `render_model`.
     """
-    config = parse_render(arguments)
-    if not config.render.quiet:
-        for notice in config.notices:
-            print(notice)
-    render_model(config)
+    config = parse_once(parse_render, arguments)
+    with joined_world(device_type_of(config.pipeline.backend)) as ranks:
+        if ranks.is_main and not config.render.quiet:
+            for notice in config.notices:
+                print(notice)
+        render_model(config, ranks)
     return 0

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from distributed.communicator import Communicator
 from launch.cli import parse_train
 from launch.wrap_up import wrap_up
 from test_render_script import write_model
@@ -18,7 +19,7 @@ def _wrap_up(source: Path, path: Path, num_train: int, num_test: int, *flags: st
     write_model(source, path, *flags)
     write_log(path / "metrics.jsonl", make_records(30))
     config = parse_train(["-s", str(source), "-m", str(path), *flags, *REFERENCE])
-    return wrap_up(config, num_train=num_train, num_test=num_test)
+    return wrap_up(config, Communicator(), num_train=num_train, num_test=num_test)
 
 
 def test_the_report_gets_the_test_views(generated_scene: Path, tmp_path: Path) -> None:
