@@ -4,7 +4,7 @@
     python bench/cuda_project.py                                  # 200 000 and 3 million Gaussians, 1600 x 1064 pixels
     python bench/cuda_project.py --gaussians 10000000 --degree 3 --json times.json
 
-The scene is a box of Gaussians in Morton order, of which the camera sees about a third. Times are medians of CUDA events
+The scene is a box of Gaussians in Morton order, of which the camera sees about half. Times are medians of CUDA events
 around single calls after a warm-up. A copy of 1 GiB runs before each: the host has queued the call when it ends, and
 nothing of the call's data is left in the cache. Needs torch, numpy and masksplat (PYTHONPATH=submodules/masksplat).
 """
