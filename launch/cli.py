@@ -33,6 +33,7 @@ from launch.flag_groups_process import (
 )
 from launch.parser import Flag, build_parser, check_value, flags_of, notices_of, parse_given
 from launch.presets import setting_values
+from launch.prune_checks import check_pruning, flags_without_method, scaled_schedules
 from scene.errors import InputError
 from scene.model_folder import ModelFolder, default_model_path
 
@@ -112,7 +113,8 @@ def parse_train(arguments: Sequence[str], environment: Mapping[str, str] = os.en
     flags = train_flags()
     given = parse_given(build_parser("train.py", TRAIN_SUMMARY, flags), flags, arguments)
     values = {**_preset(given), **given}
-    notices = notices_of(flags, given) + _method_notices(given)
+    values.update(scaled_schedules(values, given))
+    notices = notices_of(flags, given)
     if "source_path" not in given and not values.get("doctor"):
         raise InputError("train.py has no data: give the folder of a data set with -s FOLDER (--help lists all)")
     if "source_path" in given:
@@ -122,9 +124,9 @@ def parse_train(arguments: Sequence[str], environment: Mapping[str, str] = os.en
     iterations = values.get("iterations", OptimizationConfig.iterations)
     values.update(_iteration_lists(given, iterations))
     groups: dict[str, Any] = {name: fill_group(group, values) for name, group in TRAIN_GROUPS.items()}
-    config = TrainConfig(**groups, given=tuple(sorted(given)), notices=tuple(notices))
+    config = TrainConfig(**groups, given=tuple(sorted(given)))
     _check_together(config)
-    return config
+    return dataclasses.replace(config, notices=(*notices, *flags_without_method(config)))
 
 
 def _preset(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,13 +139,6 @@ def _preset(given: Mapping[str, Any]) -> dict[str, Any]:
             "has none; give one of the two"
         )
     return setting_values(given["setting"])
-
-
-def _method_notices(given: Mapping[str, Any]) -> list[str]:
-    if given.get("prune_method", "mask") == "mask":
-        return []
-    names = [each.name for each in flags_of(MaskFlags) if each.name in given and each.name != "prune_method"]
-    return [f"--{name} has no effect: --prune_method {given['prune_method']} has no masks." for name in names]
 
 
 def _iteration_lists(given: Mapping[str, Any], iterations: int) -> dict[str, tuple[int, ...]]:
@@ -170,6 +165,7 @@ def _check_together(config: TrainConfig) -> None:
         raise InputError("--position_lr_init 0 needs --position_lr_final 0: the schedule between them is logarithmic")
     if optimization.position_lr_init > 0 and optimization.position_lr_final == 0:
         raise InputError("--position_lr_final 0 needs --position_lr_init 0: the schedule between them is logarithmic")
+    check_pruning(config)
 
 
 def parse_render(arguments: Sequence[str]) -> RenderConfig:

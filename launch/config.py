@@ -52,7 +52,7 @@ class TrainConfig:
     debug: DebugConfig = DebugConfig()
     """Experiments that cripple a run on purpose."""
     prune: PruneFlags = PruneFlags()
-    """Other pruning methods (refused for now)."""
+    """Scores, windows, percentages, target sizes."""
     checkpoint: CheckpointFlags = CheckpointFlags()
     """Writing checkpoints and going on from them; iterations sorted and within 1..iterations."""
     distribution: DistributionConfig = DistributionConfig()

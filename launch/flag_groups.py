@@ -13,7 +13,6 @@ from pathlib import Path
 from launch.flag import flag
 
 LATER_APPEARANCE = "per-image exposure and depth supervision are not part of this program; leave the flag out"
-LATER_LP = "the importance scores and masks of LP-3DGS are not built in yet; leave the flag out"
 LATER_FINETUNE = "pruning and finetuning a trained model is not built in yet; train from photos with -s instead"
 NEVER_READ = "LP-3DGS accepts it, too, and never reads it"
 
@@ -188,45 +187,56 @@ class MaskFlags:
     """Probabilistic masks (MaskGaussian): each Gaussian learns the probability that it exists."""
 
     prune_method: str = flag(
-        "mask",
-        source="LP-3DGS",
-        choices=("mask", "3dgs", "rad_splat", "mini_splatting", "compact_3dgs"),
-        refused="the pruning methods of LP-3DGS and Compact-3DGS are not built in yet; use --prune_method mask "
-        "(learned masks) or --prune_method 3dgs (none)",
-        allowed=("3dgs",),
+        "mask", source="LP-3DGS", choices=("mask", "3dgs", "rad_splat", "mini_splatting", "compact_3dgs")
     )
-    """mask: learned probabilistic masks. 3dgs: no masks, the plain 3DGS."""
+    """mask: learned probabilistic masks. 3dgs: none, the plain 3DGS. rad_splat, mini_splatting: by importance scores, a
+    percentage or with a learned mask (LP-3DGS). compact_3dgs: hard masks on opacity and scale."""
     setting: str = flag("beta", choices=("alpha", "beta", "gamma"))
     """The paper's presets of the mask loss: alpha (0.1, iterations 19000-20000: quality), beta (0.0005, 0-30000),
     gamma (0.001, 0-30000: smallest). Flags given beside it win."""
     lambda_mask: float = flag(5e-4, source="MaskGaussian", minimum=0.0)
-    """Weight of the squared mean of all masks in the loss: larger prunes more."""
+    """Weight of the squared mean of all masks in the loss (LP-3DGS, Compact-3DGS: of the mean): larger prunes more."""
     mask_from_iter: int = flag(0, source="MaskGaussian", minimum=0, unit="images")
     """First iteration of the mask loss; after densification also the first of the mask prunes."""
     mask_until_iter: int = flag(30_000, source="MaskGaussian", minimum=0, unit="images")
     """Last iteration of the mask loss (sampling goes on)."""
     mask_lr: float = flag(0.01, source="MaskGaussian", minimum=0.0)
-    """Learning rate of each of the paper's two mask logits; our single logit gets twice as much, which is the same."""
+    """Learning rate of each of the paper's two mask logits; our single logit gets twice as much, which is the same.
+    compact_3dgs: of its single number, as it is. LP-3DGS's is fixed at 0.05."""
     mask_prune_iter: int = flag(1000, source="MaskGaussian", minimum=1, unit="images")
     """Period of mask pruning after densification has ended."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PruneFlags:
-    """Other pruning methods: LP-3DGS, Compact-3DGS, percentages, pruning of trained models."""
+    """Other pruning methods: LP-3DGS, Compact-3DGS, percentages, target sizes, pruning of trained models."""
 
-    use_importance_mask: bool = flag(False, source="LP-3DGS", refused=LATER_LP)
-    """Learned mask on the importance score (rad_splat, mini_splatting)."""
-    prune_iterations: tuple[int, ...] = flag((19_500,), source="LP-3DGS", unit="images", refused=LATER_LP)
-    """Start of LP-3DGS's mask window."""
-    train_mask_iters: int = flag(500, source="LP-3DGS", unit="images", refused=LATER_LP)
-    """Length of LP-3DGS's mask window."""
-    gumbel_temp: float = flag(0.5, source="LP-3DGS", refused=LATER_LP)
-    """Temperature of LP-3DGS's Gumbel sigmoid."""
-    prune_use_percent_iterations: tuple[int, ...] = flag((20_000,), source="LP-3DGS", unit="images", refused=LATER_LP)
-    """Iterations of percent pruning."""
-    prune_percent: float = flag(0.6, source="LP-3DGS", refused=LATER_LP)
-    """Share that percent pruning removes."""
+    use_importance_mask: bool = flag(False, source="LP-3DGS")
+    """With rad_splat or mini_splatting: learns a mask on the score in a window, instead of pruning a percentage."""
+    prune_iterations: tuple[int, ...] = flag((19_500,), source="LP-3DGS", minimum=0, unit="images")
+    """Each starts a window in which LP-3DGS's mask is learned; at its end is a prune. Windows lie behind
+    --densify_until_iter."""
+    train_mask_iters: int = flag(500, source="LP-3DGS", minimum=1, unit="images")
+    """Length of the window."""
+    gumbel_temp: float = flag(0.5, source="LP-3DGS", minimum=0.001)
+    """Temperature of the Gumbel-sigmoid."""
+    prune_use_percent_iterations: tuple[int, ...] = flag((20_000,), source="LP-3DGS", minimum=1, unit="images")
+    """Iterations at which a percentage is pruned (rad_splat, mini_splatting without --use_importance_mask)."""
+    prune_percent: float = flag(0.6, source="LP-3DGS", minimum=0.0, maximum=1.0)
+    """Share that percent pruning removes, 0 to 1."""
+    mask_estimator: str = flag("auto", choices=("auto", "gumbel", "ste"))
+    """Form of the mask. auto: gumbel with a score, ste in compact_3dgs. The other two are ablations of LP-3DGS's paper:
+    ste with a score (its Table 4); gumbel in compact_3dgs, which then has LP-3DGS's window (its Table 3)."""
+    lp_compat: bool = flag(False)
+    """LP-3DGS's mask as its published program computes it, defects included (docs/parity.md)."""
+    target_gaussians: int = flag(0, minimum=0)
+    """Number of Gaussians the model shall end with, 0: none. mask: pressure on the masks is controlled and ten prunes
+    lead to the number; rad_splat, mini_splatting: percent pruning goes down to it."""
+    target_mb: float = flag(0.0, minimum=0.0, unit="MB")
+    """The same as size of the saved ply in millions of bytes; 0: none."""
+    scale_schedules: bool = flag(False)
+    """Multiplies every schedule flag that is not given, in the density, mask and pruning groups and
+    --position_lr_max_steps, by --iterations / 30000. Intervals of densification and SH degrees stay."""
     random_prune_ratio: float = flag(0.1, source="LP-3DGS", inert=NEVER_READ)
     """Unused in LP-3DGS."""
     simplification_iteration1: int = flag(15_000, source="LP-3DGS", inert=NEVER_READ)

@@ -16,7 +16,7 @@ Letters: N rows of this rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from masksplat.masks import mask_update
 from masksplat.random import MASK_SAMPLE, uniform
 from masksplat.types import AdamStep
 from scene.gaussians import INITIAL_MASK_LOGIT, GaussianTable
-from scene.row_edit import EditReport, RowEdit, TableEdit, ValueEdit
+from scene.row_edit import EditReport, Override, RowEdit, TableEdit, ValueEdit
 from strategies.base import Gate, OneRank, RankReducer, spare_best
 from strategies.estimators import ESTIMATORS, Factor, gumbel_sigmoid, mean_gumbel_sigmoid, straight_through
 from strategies.importance import Importance, with_mean_one
@@ -125,10 +125,11 @@ class LearnedMask:
         if event is None:
             return
         remove = self._removed(table, event, seed)
-        edit = RowEdit.identity(table.ids).keep(~remove)
+        all_rows = torch.arange(len(table), device=table.ids.device)
+        settled = {name: Override(all_rows, values) for name, values in self._settled(table).items()}
+        edit = replace(RowEdit.identity(table.ids), overrides=settled).keep(~remove)
         report = EditReport(iteration=event, pruned_mask=len(table) - len(edit), num_gaussians=len(edit))
         yield edit.with_report(report, resets_statistics=False)
-        yield from self._settled(table)
         table.statistics.pop(IMPORTANCE, None)
         yield untouched_masks(table)
 
@@ -205,14 +206,18 @@ class LearnedMask:
         """(N,) bool, the rows that the prune at iteration `event` takes."""
         return self._below_threshold(table)
 
-    def _settled(self, table: GaussianTable) -> Iterator[TableEdit]:
-        """What was drawn with a noisy factor gets its mean for good; hard factors are 1 for all that is left."""
+    def _settled(self, table: GaussianTable) -> dict[str, Tensor]:
+        """What was drawn with a noisy factor gets its mean for good; hard factors are 1 for all that is left.
+
+        Moments stay as they are: after a reset of them Adam's first steps would be three times as large.
+        """
         if self.config.estimator == "ste":
-            return
+            return {}
         factor = mean_gumbel_sigmoid(self._score_times_mask(table), self.config.gumbel_temp)
-        yield ValueEdit("opacities", _scaled_opacity(table.params["opacities"], factor))
+        settled = {"opacities": _scaled_opacity(table.params["opacities"], factor)}
         if self.config.masks_scales:
-            yield ValueEdit("scales", table.params["scales"] + torch.log(factor)[:, None])
+            settled["scales"] = table.params["scales"] + torch.log(factor)[:, None]
+        return settled
 
     def _mean(self, factor: Tensor) -> tuple[float, int]:
         """The mean factor over all ranks, and the number of all Gaussians."""

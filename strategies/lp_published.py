@@ -12,14 +12,11 @@ Letters: N rows of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from masksplat.random import MASK_PRUNE, uniform
 from scene.gaussians import GaussianTable
-from scene.row_edit import TableEdit
 from strategies.base import Gate, RankReducer, spare_best
 from strategies.estimators import gumbel_sigmoid
 from strategies.importance import SCORES, ScorePass, checked
@@ -88,5 +85,5 @@ class PublishedLearnedMask(LearnedMask):
         drawn = gumbel_sigmoid(mask, noise, self.config.gumbel_temp).value
         return spare_best(drawn < 0.5, drawn, table.ids, self._ranks)
 
-    def _settled(self, table: GaussianTable) -> Iterator[TableEdit]:
-        return iter(())
+    def _settled(self, table: GaussianTable) -> dict[str, Tensor]:
+        return {}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cli_values import model, train
+from launch import prune_checks
 from launch.cli import metrics_flags, parse_metrics, parse_render, parse_train, render_flags, train_flags
 from launch.config import TrainConfig, cfg_args_values, pick, to_plain
 from launch.parser import Flag
@@ -19,14 +20,15 @@ from scene.dataset import SceneOptions
 from scene.errors import InputError
 from scene.model_folder import ModelFolder
 from strategies.density import DensityConfig
+from strategies.importance import SCORES
 from strategies.mask import MaskConfig
-from strategies.methods import PRUNE_METHODS
+from strategies.methods import PRUNE_METHODS, PruneConfig
 from strategies.optimizer_scaling import SCALE_MODES
 
 __all__ = ["model"]  # a fixture
 
 ROOT = Path(__file__).parents[1]
-PICKED = (SceneOptions, DensityConfig, MaskConfig)
+PICKED = (SceneOptions, DensityConfig, MaskConfig, PruneConfig)
 
 # A flag that disappears or is renamed breaks somebody's script: change these lists only with a line in docs/parity.md.
 TRAIN_FLAGS = """
@@ -39,17 +41,18 @@ drop_duplicate_gaussians_coeff drop_initial_3dgs_p enable_timer end2end_time eva
 exposure_lr_delay_steps exposure_lr_final exposure_lr_init feature_lr gaussians_distribution
 grad_normalization_mode gumbel_temp heuristic_decay image_cache_gb image_distribution image_distribution_mode
 images ip iterations lambda_dssim lambda_mask llffhold local_sampling log_folder log_interval log_memory_summary
-lr_scale_loss lr_scale_mode lr_scale_pos_and_scale mask_from_iter mask_lr mask_prune_iter mask_until_iter
-min_opacity model_path multiprocesses_image_loading no_heuristics_update nsys_profile num_test_cameras
-num_train_cameras opacity_lr opacity_reset_interval opacity_reset_until_iter optimizer_type percent_dense port
-position_lr_delay_mult position_lr_final position_lr_init position_lr_max_steps preload_dataset_to_gpu
-preload_dataset_to_gpu_threshold preserving_ratio prune_finetune prune_iterations prune_method prune_percent
-prune_use_percent_iterations quiet rad_prune_iterations rad_prune_threshold random_background random_prune_ratio
-redistribute_gaussians_frequency redistribute_gaussians_mode redistribute_gaussians_threshold
-render_and_evaluate report resolution rotation_lr save_iterations save_strategy_history scaling_lr seed setting
-sh_degree simplification_iteration1 simplification_iteration2 source_path start_checkpoint start_pointcloud
-stop_update_param sync_grad_mode test_iterations threads time_image_loading train_mask_iters train_test_exp
-use_importance_mask wandb_run_name white_background zhx_debug zhx_time
+lp_compat lr_scale_loss lr_scale_mode lr_scale_pos_and_scale mask_estimator mask_from_iter mask_lr
+mask_prune_iter mask_until_iter min_opacity model_path multiprocesses_image_loading no_heuristics_update
+nsys_profile num_test_cameras num_train_cameras opacity_lr opacity_reset_interval opacity_reset_until_iter
+optimizer_type percent_dense port position_lr_delay_mult position_lr_final position_lr_init
+position_lr_max_steps preload_dataset_to_gpu preload_dataset_to_gpu_threshold preserving_ratio prune_finetune
+prune_iterations prune_method prune_percent prune_use_percent_iterations quiet rad_prune_iterations
+rad_prune_threshold random_background random_prune_ratio redistribute_gaussians_frequency
+redistribute_gaussians_mode redistribute_gaussians_threshold render_and_evaluate report resolution rotation_lr
+save_iterations save_strategy_history scale_schedules scaling_lr seed setting sh_degree
+simplification_iteration1 simplification_iteration2 source_path start_checkpoint start_pointcloud
+stop_update_param sync_grad_mode target_gaussians target_mb test_iterations threads time_image_loading
+train_mask_iters train_test_exp use_importance_mask wandb_run_name white_background zhx_debug zhx_time
 """
 RENDER_FLAGS = """
 adjust_strategy_warmp_iterations alpha antialiasing auto_start_checkpoint backend border_divpos_coeff bsz
@@ -66,6 +69,12 @@ sync_grad_mode test_iterations threads time_image_loading train_test_exp wandb_r
 zhx_debug zhx_time
 """
 METRICS_FLAGS = "lpips mode model_paths quiet threads"
+COMPANIONS = {
+    "use_importance_mask": "--prune_method rad_splat",
+    "lp_compat": "--prune_method rad_splat --use_importance_mask",
+}
+"""Flags without which a Boolean is an error."""
+
 SHORT_SPELLINGS = {"s": "source_path", "m": "model_path", "i": "images", "r": "resolution", "w": "white_background"}
 
 # What the predecessors' code has (spec 2.2, 3.2, 5.2); every deviation of ours is in DELIBERATE, and in docs/parity.md.
@@ -148,7 +157,8 @@ def test_every_boolean_is_negatable_in_both_spellings() -> None:
         for spelling in (f"--no_{each.name}", f"--no-{each.name}", f"--no-{each.name.replace('_', '-')}"):
             assert train(f"-s data {spelling}")[each.name] is False, spelling
         if not each.spec.refused:
-            assert train(f"-s data --no_{each.name} --{each.name}")[each.name] is True
+            needed = COMPANIONS.get(each.name, "")
+            assert train(f"-s data {needed} --no_{each.name} --{each.name}")[each.name] is True
 
 
 def test_dashes_and_underscores_are_the_same_and_values_stay() -> None:
@@ -233,7 +243,7 @@ def test_flags_without_effect_say_so_once() -> None:
     assert all("has no effect: " in notice for notice in config.notices)
     assert parse_train(["-s", "data"], {}).notices == ()
     assert parse_train(shlex.split("-s data --prune_method 3dgs --lambda_mask 1"), {}).notices == (
-        "--lambda_mask has no effect: --prune_method 3dgs has no masks.",
+        "--lambda_mask has no effect: --prune_method 3dgs does not read it.",
     )
 
 
@@ -253,7 +263,9 @@ def test_defaults_of_flags_and_modules_agree() -> None:
         pick(MaskConfig, config.model)
     specs = {each.name: each.spec for each in train_flags()}
     assert set(specs["lr_scale_mode"].choices) == set(SCALE_MODES)
-    assert {"mask", *specs["prune_method"].allowed} == set(PRUNE_METHODS)
+    assert specs["prune_method"].choices == PRUNE_METHODS
+    assert pick(PruneConfig, config.prune) == PruneConfig()
+    assert prune_checks.SCORES == SCORES
 
 
 def test_doctor_needs_no_data() -> None:

@@ -77,17 +77,16 @@ TRAIN_COMMANDS = [
         {"start_checkpoint": "X/chkpnt30000.pth", "iterations": 35_000},
     ),
     ("train.py -s data --drop_initial_3dgs_p 0.5 --stop_update_param", {"drop_initial_3dgs_p": 0.5}),
-]
-REFUSED_TRAIN_COMMANDS = [
     (
         "train.py -s data -m out --eval --prune_method rad_splat --use_importance_mask",
-        "--prune_method rad_splat is refused",
+        {"prune_method": "rad_splat", "use_importance_mask": True, "prune_iterations": [19_500]},
     ),
-    ("train.py -s data -m out --eval --prune_method mini_splatting", "--prune_method mini_splatting is refused"),
-    ("train.py -s data -m out --prune_method compact_3dgs", "--prune_method compact_3dgs is refused"),
-    ("train.py -s data --prune_method 3dgs --use_importance_mask", "--use_importance_mask on is refused"),
-    ("train.py -s data --prune_percent .8", "--prune_percent 0.8 is refused"),
-    ("train.py -s data --prune_iterations 15000", "--prune_iterations 15000 is refused"),
+    ("train.py -s data -m out --eval --prune_method mini_splatting", {"prune_percent": 0.6}),
+    ("train.py -s data -m out --prune_method rad_splat --prune_percent .8", {"prune_percent": 0.8}),
+    ("train.py -s data -m out --eval --prune_method compact_3dgs", {"prune_method": "compact_3dgs"}),
+    ("train.py -s data --prune_iterations 15000", {"prune_iterations": [15_000]}),
+]
+REFUSED_TRAIN_COMMANDS = [
     ("train.py -s data --backend gsplat", "--backend gsplat is refused: this version draws on the CPU"),
     ("train.py -s data --backend cuda", "--backend cuda is refused: this version draws on the CPU"),
     ("train.py -s data --start_pointcloud a.ply", "--start_pointcloud a.ply is refused: pruning and finetuning"),

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which flags each pruning method reads, what fits together, and schedules that follow --iterations. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from launch.config import TrainConfig
+from launch.flag_groups import DensityFlags, MaskFlags, OptimizationConfig, PruneFlags
+from launch.parser import flags_of
+from scene.errors import InputError
+
+SCORES = ("rad_splat", "mini_splatting")
+USUAL_LENGTH = 30_000
+SHORTEST_TARGET = 20
+"""Iterations after densification that a target size needs at least."""
+
+SCALED_FLAGS: Mapping[str, type] = MappingProxyType(
+    {
+        "position_lr_max_steps": OptimizationConfig,
+        "densify_from_iter": DensityFlags,
+        "densify_until_iter": DensityFlags,
+        "opacity_reset_interval": DensityFlags,
+        "mask_from_iter": MaskFlags,
+        "mask_until_iter": MaskFlags,
+        "mask_prune_iter": MaskFlags,
+        "prune_iterations": PruneFlags,
+        "train_mask_iters": PruneFlags,
+        "prune_use_percent_iterations": PruneFlags,
+    }
+)
+"""The flags that --scale_schedules multiplies, and the groups that hold their defaults."""
+
+WINDOW_FLAGS = frozenset({"lambda_mask", "prune_iterations", "train_mask_iters", "gumbel_temp", "mask_estimator"})
+TARGET_FLAGS = frozenset({"target_gaussians", "target_mb"})
+ALWAYS_READ = frozenset(
+    {"prune_method", "scale_schedules", "prune_finetune", "start_pointcloud", "use_importance_mask"}
+)
+
+
+def scaled_schedules(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """With --scale_schedules: every schedule that is not given times iterations / 30000, at least 1 (or 0 if it was).
+
+    Args: values: those given and those of a preset; given: those of the command line.
+    """
+    if not values.get("scale_schedules"):
+        return {}
+    factor = values.get("iterations", USUAL_LENGTH) / USUAL_LENGTH
+    scaled = {}
+    for name, group in SCALED_FLAGS.items():
+        usual = values.get(name, getattr(group, name))
+        if name not in given:
+            scaled[name] = (
+                tuple(_scaled(x, factor) for x in usual) if isinstance(usual, tuple) else _scaled(usual, factor)
+            )
+    return scaled
+
+
+def _scaled(iteration: int, factor: float) -> int:
+    return max(round(iteration * factor), min(iteration, 1))
+
+
+def flags_without_method(config: TrainConfig) -> list[str]:
+    """A sentence for each flag of a pruning method that was given and that the chosen method does not read."""
+    method, read = config.mask.prune_method, _flags_read(config) | ALWAYS_READ
+    known = [each for group in (MaskFlags, PruneFlags) for each in flags_of(group) if not each.spec.inert]
+    return [
+        f"--{each.name} has no effect: --prune_method {method}{_mode(config)} does not read it."
+        for each in known
+        if each.name in config.given and each.name not in read
+    ]
+
+
+def _mode(config: TrainConfig) -> str:
+    """The flag that decides which kind of its method is meant, for messages."""
+    return " --use_importance_mask" if config.prune.use_importance_mask else ""
+
+
+def _flags_read(config: TrainConfig) -> frozenset[str]:
+    """The flags that decide how the chosen method prunes."""
+    method, prune = config.mask.prune_method, config.prune
+    has_target = bool(prune.target_gaussians or prune.target_mb)
+    if method == "mask":
+        masks = {"lambda_mask", "mask_from_iter", "mask_until_iter", "mask_prune_iter", "setting"}
+        return TARGET_FLAGS | {"mask_lr"} | (frozenset() if has_target else frozenset(masks))
+    if method == "compact_3dgs":
+        return WINDOW_FLAGS if learns_in_window(config) else _COMPACT_FLAGS
+    if method in SCORES and prune.use_importance_mask:
+        return WINDOW_FLAGS | {"lp_compat"}
+    if method in SCORES:
+        share = frozenset[str]() if has_target else frozenset({"prune_percent"})
+        return TARGET_FLAGS | {"prune_use_percent_iterations"} | share
+    return frozenset()
+
+
+_COMPACT_FLAGS = frozenset({"lambda_mask", "mask_lr", "mask_prune_iter", "mask_estimator"})
+
+
+def learns_in_window(config: TrainConfig) -> bool:
+    """Whether the method learns its mask in the windows that --prune_iterations starts."""
+    method, prune = config.mask.prune_method, config.prune
+    return prune.use_importance_mask or (method == "compact_3dgs" and prune.mask_estimator == "gumbel")
+
+
+def check_pruning(config: TrainConfig) -> None:
+    """Raises: InputError for pruning flags that are fine alone and impossible together."""
+    _check_method(config)
+    if learns_in_window(config):
+        _check_windows(config)
+    elif config.mask.prune_method in SCORES:
+        _check_iterations(config)
+    if config.prune.target_gaussians or config.prune.target_mb:
+        _check_target(config)
+
+
+def _check_method(config: TrainConfig) -> None:
+    method, prune = config.mask.prune_method, config.prune
+    if prune.use_importance_mask and method not in SCORES:
+        raise InputError(
+            f"--use_importance_mask learns a mask on an importance score and --prune_method {method} measures none; "
+            "choose --prune_method rad_splat or mini_splatting, or leave the flag out"
+        )
+    if prune.lp_compat and (method not in SCORES or not prune.use_importance_mask or prune.mask_estimator == "ste"):
+        raise InputError(
+            "--lp_compat is a form of LP-3DGS's learned mask; it goes with --prune_method rad_splat or mini_splatting "
+            "and --use_importance_mask, and not with --mask_estimator ste"
+        )
+
+
+def _check_windows(config: TrainConfig) -> None:
+    """Windows must lie one behind the other, behind densification and before the end."""
+    starts, length = sorted(config.prune.prune_iterations), config.prune.train_mask_iters
+    last, density = config.optimization.iterations, config.density
+    if not starts:
+        raise InputError("--prune_iterations is empty, so no mask would be learned; give the start of a window")
+    if starts[-1] + length > last:
+        raise InputError(
+            f"the mask would be learned from {starts[-1] + 1} to {starts[-1] + length} and --iterations is {last}: "
+            "nothing would be pruned. Give --prune_iterations and --train_mask_iters, or --scale_schedules"
+        )
+    if any(later - earlier < length for earlier, later in zip(starts, starts[1:], strict=False)):
+        raise InputError(f"--prune_iterations {starts} are less than --train_mask_iters {length} apart")
+    first = 0 if density.disable_auto_densification else density.densify_until_iter - 1
+    if starts[0] < first:
+        raise InputError(
+            f"the mask window after --prune_iterations {starts[0]} would begin before density control ends "
+            f"(--densify_until_iter {density.densify_until_iter}), and new Gaussians have no score; change one of them"
+        )
+
+
+def _check_iterations(config: TrainConfig) -> None:
+    iterations, last = config.prune.prune_use_percent_iterations, config.optimization.iterations
+    if not any(1 <= each <= last for each in iterations):
+        raise InputError(
+            f"--prune_method {config.mask.prune_method} prunes at --prune_use_percent_iterations {list(iterations)}, "
+            f"none of which lies within --iterations {last}: nothing would be pruned. Give other ones, or "
+            "--scale_schedules, or learn a mask with --use_importance_mask"
+        )
+
+
+def _check_target(config: TrainConfig) -> None:
+    method, prune, density = config.mask.prune_method, config.prune, config.density
+    if prune.target_gaussians and prune.target_mb:
+        raise InputError("--target_gaussians and --target_mb both say how large the model shall be; give one of them")
+    if method not in ("mask", *SCORES) or prune.use_importance_mask:
+        raise InputError(
+            "a target size goes with --prune_method mask, rad_splat or mini_splatting, not with "
+            f"{method}{_mode(config)}"
+        )
+    ends = 0 if density.disable_auto_densification else density.densify_until_iter
+    if method == "mask" and config.optimization.iterations - ends < SHORTEST_TARGET:
+        raise InputError(
+            f"a target size needs {SHORTEST_TARGET} iterations or more after density control: lower "
+            f"--densify_until_iter {ends} or raise --iterations {config.optimization.iterations}, or give "
+            "--scale_schedules"
+        )

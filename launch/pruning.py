@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The strategy of a training, from its flags: density control and the one method that prunes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from distributed.communicator import Communicator
+from gaussian_renderer.scores import ScoreViews
+from launch.config import TrainConfig, pick
+from masksplat.ops import Body
+from scene.cameras import Camera
+from scene.errors import InputError
+from scene.ply import model_columns
+from strategies.base import CombinedStrategy
+from strategies.density import DensityConfig
+from strategies.mask import MaskConfig
+from strategies.methods import SCORES, PruneConfig, build_strategy
+
+BYTES_PER_MB = 1e6
+BYTES_PER_NUMBER = 4
+
+
+def choose_strategy(
+    config: TrainConfig, *, extent: float, cameras: Sequence[Camera], body: Body, communicator: Communicator
+) -> CombinedStrategy:
+    """Density control and the pruning method that the flags name.
+
+    Args: extent: of the scene, world units; cameras: the training views, which scores are measured in with `body`.
+    Raises: InputError for a target size of nothing, or a score without training views.
+    """
+    density = None if config.density.disable_auto_densification else pick(DensityConfig, config.density, config.model)
+    score_views = None
+    if config.mask.prune_method in SCORES:
+        score_views = ScoreViews(body, cameras, communicator, antialiased=config.pipeline.antialiasing)
+    return build_strategy(
+        config.mask.prune_method,
+        density=density,
+        mask=pick(MaskConfig, config.mask),
+        extent=extent,
+        iterations=config.optimization.iterations,
+        prune=replace(pick(PruneConfig, config.prune), target_gaussians=target_count(config)),
+        ranks=communicator,
+        score_views=score_views,
+    )
+
+
+def target_count(config: TrainConfig) -> int:
+    """The wanted number of Gaussians, 0 for none. Raises: InputError for a file too small for one."""
+    if not config.prune.target_mb:
+        return config.prune.target_gaussians
+    per_gaussian = BYTES_PER_NUMBER * len(model_columns(config.model.sh_degree))
+    count = math.floor(config.prune.target_mb * BYTES_PER_MB / per_gaussian)
+    if count < 1:
+        raise InputError(
+            f"--target_mb {config.prune.target_mb:g} is less than one Gaussian needs ({per_gaussian} bytes); MB are "
+            "millions of bytes"
+        )
+    return count
