@@ -40,7 +40,7 @@ from scene.checkpoint_manifest import (
     tensor_sha256,
 )
 from scene.errors import InputError
-from scene.gaussians import STATISTICS, GaussianTable, attributes_for
+from scene.gaussians import OPTIONAL_STATISTICS, STATISTICS, GaussianTable, attributes_for
 
 DIGEST_BYTES = 32
 SPARE_BYTES = 1 << 20  # beside the tensors: headers, manifest, folder entries
@@ -185,11 +185,12 @@ def _table_of(tensors: Mapping[str, Tensor], manifest: Manifest) -> GaussianTabl
         return {name: tensors[f"{prefix}.{name}"] for name in names}
 
     names = [spec.name for spec in attributes_for(manifest.sh_degree)]
+    kept = [name for name in OPTIONAL_STATISTICS if f"statistics.{name}" in tensors]
     return GaussianTable(
         params=group("params", names),
         exp_avg=group("exp_avg", names),
         exp_avg_sq=group("exp_avg_sq", names),
-        statistics=group("statistics", STATISTICS),
+        statistics=group("statistics", [*STATISTICS, *kept]),
         ids=tensors["ids"],
         num_updates=manifest.num_updates,
     )
@@ -335,6 +336,8 @@ def _read_shard(folder: Path, manifest: Manifest, index: int) -> dict[str, Tenso
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor], manifest: Manifest, record: ShardRecord) -> None:
     """Raises: InputError unless a shard holds exactly the tensors of a table of the manifest's kind."""
     expected = _expected_shapes(manifest.sh_degree, record.num_rows)
+    optional = (f"statistics.{name}" for name in OPTIONAL_STATISTICS)
+    expected.update({name: (record.num_rows,) for name in optional if name in tensors})
     found = {name: tuple(values.shape) for name, values in tensors.items()}
     if found != expected:
         names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))

@@ -22,6 +22,8 @@ from scene.row_edit import RowEdit, TableEdit, ValueEdit
 MAX_SH_DEGREE = 3
 INITIAL_MASK_LOGIT = 9.0  # keep probability 0.99988, the margin of MaskGaussian's two logits [10, 1]
 STATISTICS = ("grad_norm_sum", "view_count")
+OPTIONAL_STATISTICS = ("importance",)
+"""Further numbers of each Gaussian that a strategy may keep in the table for as long as it needs them."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class GaussianTable:
     """This rank's rows of every attribute, and what the optimizer and the density control remember of them.
 
     params, exp_avg, exp_avg_sq: attribute name -> (N, *shape), contiguous, of one dtype and device.
-    statistics: "grad_norm_sum" (sum over views of the norm of the NDC position gradient) and "view_count", each (N,).
+    statistics: "grad_norm_sum" (sum over views of the norm of the NDC position gradient) and "view_count", each (N,);
+    on all ranks or on none also OPTIONAL_STATISTICS.
     ids: (N,) int64 >= 0, unique over all ranks. num_updates: Adam updates completed so far, common to all attributes;
     edits leave it alone, and the training step adds 1 after it has updated every attribute.
     """

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from distributed.communicator import Communicator
 from masksplat.random import MASK_SAMPLE, uniform
 from rank_threads import by_id, run_on_threads, shards
+from scene.checkpoint import load_checkpoint, save_checkpoint
+from scene.checkpoint_manifest import RunState
 from scene.errors import InputError
 from scene.gaussians import GaussianTable, attributes_for
 from strategies.base import OneRank, RankReducer
@@ -187,6 +191,20 @@ def test_a_window_goes_on_from_the_table_alone() -> None:
     train(strategy(Scores()), resumed, START + 34, START + LENGTH)
     assert by_id([table], "opacities") == by_id([resumed], "opacities")
     assert torch.equal(table.ids, resumed.ids) and len(table) < NUM
+
+
+def test_a_checkpoint_inside_a_window_holds_everything(tmp_path: Path) -> None:
+    table = make_table()
+    train(strategy(Scores()), table, START + 1, START + 33)
+    state = RunState(iteration=START + 33, next_step=START + 33, batch_size=1, seed=SEED, extent=1.0)
+    resumed = load_checkpoint(save_checkpoint(tmp_path, START + 33, table, state, Communicator())).table
+    assert torch.equal(resumed.statistics[IMPORTANCE], table.statistics[IMPORTANCE])
+    for each in (table, resumed):
+        train(strategy(Scores()), each, START + 34, START + LENGTH)
+    assert by_id([table], "opacities") == by_id([resumed], "opacities") and len(table) < NUM
+    assert IMPORTANCE not in load_checkpoint(
+        save_checkpoint(tmp_path, START + LENGTH, table, state, Communicator())
+    ).table.statistics
 
 
 def test_several_windows_prune_several_times() -> None:
