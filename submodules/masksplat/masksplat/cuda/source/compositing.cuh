@@ -103,6 +103,17 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 #endif
 }
 
+// For arguments that are far from denormal.
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+#ifndef EMULATED
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#else
+    return 1.0f / x;
+#endif
+}
+
 // Opacity times exp(power), not capped: the one expression that every kernel evaluates, with every rounding spelled out,
 // so that all of them skip, cap and end at the same pairs.
 __device__ __forceinline__ float uncapped_alpha(const Splat& s, float dx, float dy) {
@@ -119,14 +130,11 @@ __device__ __forceinline__ float light_behind(float light, float effective) {
 // One pixel passes one splat: returns the weight mask alpha T, 0 for a pair that is skipped, and updates the light.
 // The pixel ends before the splat that would bring T below 1e-4; an ended pixel, or one outside, has light <= 0: -T.
 __device__ __forceinline__ float advance(float& light, float uncapped, float mask) {
-    const float effective = __fmul_rn(mask, fminf(uncapped, ALPHA_MAX));
+    const float alpha = uncapped >= ALPHA_MIN ? fminf(uncapped, ALPHA_MAX) : 0.0f;
+    const float effective = __fmul_rn(mask, alpha);
     const float after = light_behind(light, effective);
-    if (!(uncapped >= ALPHA_MIN)) return 0.0f;
-    if (!(after >= TRANSMITTANCE_MIN)) {
-        light = -fabsf(light);
-        return 0.0f;
-    }
-    const float weight = light * effective;
-    light = after;
+    const bool is_lit = after >= TRANSMITTANCE_MIN;
+    const float weight = is_lit ? light * effective : 0.0f;
+    light = is_lit ? after : -fabsf(light);
     return weight;
 }

@@ -42,10 +42,8 @@ struct Pixel {
 
 // Composite the splats `sampled` (a bit each) of a group of staged ones.
 __device__ __forceinline__ void composite_group(const float4* staged, unsigned sampled, Pixel& pixel) {
-    while (sampled != 0) {
-        const int k = __ffs(sampled) - 1;
-        sampled &= sampled - 1;
-        const Splat splat = staged_splat(staged + k * (SPLAT_FLOATS / 4));
+    for (; sampled != 0; sampled &= sampled - 1) {
+        const Splat splat = staged_splat(staged + (__ffs(sampled) - 1) * (SPLAT_FLOATS / 4));
         const float uncapped = uncapped_alpha(splat, pixel.x - splat.x, pixel.y - splat.y);
         const float weight = advance(pixel.light, uncapped, splat.mask);
         pixel.red += weight * splat.red;
@@ -108,7 +106,8 @@ forward_tiles(const float* __restrict__ rows, const int2* __restrict__ ranges, c
         const int bucket = first_bucket;
         if (bucket >= 0 && thread < num_buckets) saved.buckets[bucket + thread] = make_int2(tile, start + thread * BUCKET);
         unsigned alive_of_lane = 0;
-        for (int group = 0; group < num_buckets; ++group) {
+        const float4* of_group = staged;
+        for (int group = 0; group < num_buckets; ++group, of_group += BUCKET * (SPLAT_FLOATS / 4)) {
             const unsigned living = __ballot_sync(ALL_LANES, pixel.light > 0.0f);
             if (living == 0) break;
             const unsigned its_bits = staged_bits[group * BUCKET + lane];
@@ -122,7 +121,7 @@ forward_tiles(const float* __restrict__ rows, const int2* __restrict__ ranges, c
                         make_float4(pixel.light, pixel.red, pixel.green, pixel.blue);
                 }
             }
-            composite_group(staged + group * BUCKET * (SPLAT_FLOATS / 4), sampled, pixel);
+            composite_group(of_group, sampled, pixel);
             num_evaluated += __popc(sampled);
         }
         if (bucket >= 0 && lane < num_buckets) saved.alive[(bucket + lane) * SUBTILES + warp] = alive_of_lane;

@@ -44,13 +44,12 @@ struct Gradient {
     float behind;                               // S
 };
 
-// g of a pixel, and S behind the checkpoint.
-__device__ __forceinline__ Gradient load_gradient(const Image& image, int x, int y, const float4& checkpoint) {
-    const int at = (y - image.first_row) * image.width + x;
-    Gradient g = {image.d_rgb[3 * at], image.d_rgb[3 * at + 1], image.d_rgb[3 * at + 2], 0.0f};
-    if (image.d_transmittance != nullptr) g.behind = image.transmittance[at] * image.d_transmittance[at];
-    g.behind += g.red * (image.rgb[3 * at] - checkpoint.y) + g.green * (image.rgb[3 * at + 1] - checkpoint.z) +
-                g.blue * (image.rgb[3 * at + 2] - checkpoint.w);
+// g of the image's pixel at `place`, and S behind the checkpoint.
+__device__ __forceinline__ Gradient load_gradient(const Image& image, int place, const float4& checkpoint) {
+    Gradient g = {image.d_rgb[3 * place], image.d_rgb[3 * place + 1], image.d_rgb[3 * place + 2], 0.0f};
+    if (image.d_transmittance != nullptr) g.behind = image.transmittance[place] * image.d_transmittance[place];
+    g.behind += g.red * (image.rgb[3 * place] - checkpoint.y) + g.green * (image.rgb[3 * place + 1] - checkpoint.z) +
+                g.blue * (image.rgb[3 * place + 2] - checkpoint.w);
     return g;
 }
 
@@ -63,18 +62,18 @@ struct Pair {
 // One pixel and one splat: its share of the gradients; light and S move behind the splat. An ended pixel has light 0.
 __device__ __forceinline__ Pair differentiate(const Splat& splat, float dx, float dy, float& light, Gradient& g) {
     const float uncapped = uncapped_alpha(splat, dx, dy);
-    const float alpha = fminf(uncapped, ALPHA_MAX);
+    const float alpha = uncapped >= ALPHA_MIN ? fminf(uncapped, ALPHA_MAX) : 0.0f;
     const float effective = __fmul_rn(splat.mask, alpha);
     const float after = light_behind(light, effective);
-    const bool is_seen = uncapped >= ALPHA_MIN, is_lit = after >= TRANSMITTANCE_MIN, is_accepted = is_seen && is_lit;
+    const bool is_lit = after >= TRANSMITTANCE_MIN;
     const float g_colour = g.red * splat.red + g.green * splat.green + g.blue * splat.blue;
     Pair pair;
-    pair.weight = is_accepted ? light * effective : 0.0f;
+    pair.weight = is_lit ? light * effective : 0.0f;
     g.behind -= pair.weight * g_colour;
-    const float d_effective = light * g_colour - __fdividef(g.behind, 1.0f - effective);
-    pair.d_mask = is_accepted ? alpha * d_effective : 0.0f;
+    const float d_effective = light * g_colour - g.behind * reciprocal_approximate(1.0f - effective);
+    pair.d_mask = is_lit ? alpha * d_effective : 0.0f;
     pair.d_power = uncapped > ALPHA_MAX ? 0.0f : splat.mask * pair.d_mask;
-    light = is_seen ? (is_lit ? after : 0.0f) : light;
+    light = is_lit ? after : 0.0f;
     return pair;
 }
 
@@ -95,6 +94,12 @@ struct Bucket {
 
 __device__ __forceinline__ float4 load_checkpoint(const Lists& lists, int index, int pixel) {
     return lists.checkpoints[static_cast<long long>(index) * TILE_PIXELS + pixel];
+}
+
+// Place in the image of the pixel that `lane` has in `subtile` of the bucket's tile.
+__device__ __forceinline__ int place_of(const Image& image, const Bucket& bucket, int subtile, int lane) {
+    const int row = bucket.tile_y - image.first_row + pixel_y(subtile, lane);
+    return row * image.width + bucket.tile_x + pixel_x(subtile, lane);
 }
 
 // The bucket of a warp; false when there is none.
@@ -130,109 +135,141 @@ __device__ __forceinline__ void clear_rest(const Lists& lists, const Bucket& buc
 
 // --- a lane owns pixels -----------------------------------------------------------------------------------------------
 
-// One half of the lanes keeps `low`, the other `high`, both added to what the partner at `distance` has of it.
-__device__ __forceinline__ float fold(float low, float high, int distance) {
-    const bool is_upper = (lane_index() & distance) != 0;
-    const float kept = is_upper ? high : low, given = is_upper ? low : high;
-    return kept + __shfl_xor_sync(ALL_LANES, given, distance);
-}
+constexpr int BLOCKS_PER_SM = 5;                // leaves 96 registers to a thread
+constexpr int GATHERED = WARP / NUM_SUMS;       // splats whose sums are added over the warp together
+constexpr int GATHERED_STRIDE = WARP + 4;       // floats; vectors of neighbouring rows lie in different banks
 
-__device__ __forceinline__ float fold_one(float value, int distance) {
-    return value + __shfl_xor_sync(ALL_LANES, value, distance);
-}
-
-// Sum of `values[k]` over the warp, in the lanes with k = column_of_lane(): ten sums by 12 shuffles, in a fixed order.
-__device__ __forceinline__ float sum_transposed(const float (&values)[NUM_SUMS]) {
-    float five[5];
-#pragma unroll
-    for (int k = 0; k < 5; ++k) five[k] = fold(values[k], values[k + 5], 16);
-    const float three[3] = {fold(five[0], five[3], 8), fold(five[1], five[4], 8), fold_one(five[2], 8)};
-    const float two[2] = {fold(three[0], three[2], 4), fold_one(three[1], 4)};
-    return fold_one(fold(two[0], two[1], 2), 1);
-}
-
-// The column whose sum `sum_transposed` leaves in this lane, or -1 where another lane has the same.
-__device__ __forceinline__ int column_of_lane() {
-    const int lane = lane_index();
-    const bool bit_3 = (lane & 8) != 0, bit_2 = (lane & 4) != 0, bit_1 = (lane & 2) != 0;
-    int column;
-    if (bit_1) {
-        column = bit_2 ? -1 : (bit_3 ? 4 : 1);
-    } else if (bit_2) {
-        column = bit_3 ? -1 : 2;
-    } else {
-        column = bit_3 ? 3 : 0;
-    }
-    return (lane & 1) != 0 || column < 0 ? -1 : column + ((lane & 16) != 0 ? 5 : 0);
-}
+struct PixelShared {
+    float4 splats[BUCKET * SPLAT_FLOATS / 4];
+    float4 of_lanes[WARP * GATHERED_STRIDE / 4];   // row: a sum of a splat, column: what a lane has of it
+};
 
 struct PixelStates {
     float light[SUBTILES];
     Gradient g[SUBTILES];
 };
 
-// One splat over the subtiles `reached` of the lane's pixels. (x, y) is the centre of the lane's pixel of subtile 0.
-__device__ __forceinline__ void sum_sampled(const Splat& splat, unsigned reached, float x, float y,
-                                            PixelStates& pixels, float (&sums)[NUM_SUMS]) {
-#pragma unroll
-    for (int k = 0; k < NUM_SUMS; ++k) sums[k] = 0.0f;
+// What a lane has of the sums of one splat: moments in y apart for its two columns of pixels, as all of a column have
+// the same dx.
+struct ColumnSums {
+    float one[SUBTILE_COLUMNS], y[SUBTILE_COLUMNS];
+    float yy, red, green, blue, mask;
+};
+
+// One splat over the lane's pixels of the subtiles `here`. dx: of the two columns; y: centre of the lane's first pixel.
+__device__ __forceinline__ ColumnSums sum_sampled(const Splat& splat, unsigned here, const float (&dx)[SUBTILE_COLUMNS],
+                                                  float y, PixelStates& pixels) {
+    ColumnSums sums = {};
 #pragma unroll
     for (int subtile = 0; subtile < SUBTILES; ++subtile) {
-        if ((reached >> subtile & 1) == 0) continue;
-        const float dx = x + float(subtile % SUBTILE_COLUMNS * SUBTILE_WIDTH) - splat.x;
+        if ((here >> subtile & 1) == 0) continue;
+        const int column = subtile % SUBTILE_COLUMNS;
         const float dy = y + float(subtile / SUBTILE_COLUMNS * SUBTILE_HEIGHT) - splat.y;
         Gradient& g = pixels.g[subtile];
-        const Pair pair = differentiate(splat, dx, dy, pixels.light[subtile], g);
-        const float moment_x = pair.d_power * dx, moment_y = pair.d_power * dy;
-        sums[SUM_1] += pair.d_power;
-        sums[SUM_X] += moment_x;
-        sums[SUM_Y] += moment_y;
-        sums[SUM_XX] += moment_x * dx;
-        sums[SUM_XY] += moment_x * dy;
-        sums[SUM_YY] += moment_y * dy;
-        sums[SUM_RED] += pair.weight * g.red;
-        sums[SUM_GREEN] += pair.weight * g.green;
-        sums[SUM_BLUE] += pair.weight * g.blue;
-        sums[SUM_MASK] += pair.d_mask;
+        const Pair pair = differentiate(splat, dx[column], dy, pixels.light[subtile], g);
+        const float moment_y = pair.d_power * dy;
+        sums.one[column] += pair.d_power;
+        sums.y[column] += moment_y;
+        sums.yy += moment_y * dy;
+        sums.red += pair.weight * g.red;
+        sums.green += pair.weight * g.green;
+        sums.blue += pair.weight * g.blue;
+        sums.mask += pair.d_mask;
     }
+    return sums;
 }
 
-__device__ __forceinline__ float sum_unsampled(const Splat& splat, unsigned reached, float x, float y,
-                                               const PixelStates& pixels) {
+__device__ __forceinline__ float sum_unsampled(const Splat& splat, unsigned here, const float (&dx)[SUBTILE_COLUMNS],
+                                               float y, const PixelStates& pixels) {
     float sum = 0.0f;
 #pragma unroll
     for (int subtile = 0; subtile < SUBTILES; ++subtile) {
-        if ((reached >> subtile & 1) == 0) continue;
-        const float dx = x + float(subtile % SUBTILE_COLUMNS * SUBTILE_WIDTH) - splat.x;
+        if ((here >> subtile & 1) == 0) continue;
         const float dy = y + float(subtile / SUBTILE_COLUMNS * SUBTILE_HEIGHT) - splat.y;
-        sum += differentiate_unsampled(splat, dx, dy, pixels.light[subtile], pixels.g[subtile]);
+        sum += differentiate_unsampled(splat, dx[subtile % SUBTILE_COLUMNS], dy, pixels.light[subtile],
+                                       pixels.g[subtile]);
     }
-    return warp_sum(sum);
+    return sum;
 }
 
-// The lane's pixels as they are in front of the bucket; returns the subtiles that have a pixel alive.
+// Lane's share of the ten sums of the `slot`-th gathered splat, to shared memory.
+__device__ __forceinline__ void gather(const ColumnSums& sums, const float (&dx)[SUBTILE_COLUMNS], int slot,
+                                       PixelShared& shared) {
+    const float x_0 = sums.one[0] * dx[0], x_1 = sums.one[1] * dx[1];
+    const float values[NUM_SUMS] = {
+        sums.one[0] + sums.one[1],
+        x_0 + x_1,
+        sums.y[0] + sums.y[1],
+        x_0 * dx[0] + x_1 * dx[1],
+        sums.y[0] * dx[0] + sums.y[1] * dx[1],
+        sums.yy,
+        sums.red,
+        sums.green,
+        sums.blue,
+        sums.mask,
+    };
+    float* column = reinterpret_cast<float*>(shared.of_lanes) + slot * NUM_SUMS * GATHERED_STRIDE + lane_index();
+#pragma unroll
+    for (int k = 0; k < NUM_SUMS; ++k) column[k * GATHERED_STRIDE] = values[k];
+}
+
+// Sum over the warp of the gathered row that is this lane's.
+__device__ __forceinline__ float sum_of_row(const PixelShared& shared) {
+    const float4* row = shared.of_lanes + lane_index() * (GATHERED_STRIDE / 4);
+    float4 sum = row[0];
+#pragma unroll
+    for (int k = 1; k < WARP / 4; ++k) {
+        const float4 more = row[k];
+        sum.x += more.x;
+        sum.y += more.y;
+        sum.z += more.z;
+        sum.w += more.w;
+    }
+    return (sum.x + sum.y) + (sum.z + sum.w);
+}
+
+// Write the rows of the gathered splats; lane k has sum k % 10 of splat k / 10, whose instance it is given.
+__device__ __forceinline__ void write_gathered(const PixelShared& shared, int num_gathered, int instance, float* sums) {
+    __syncwarp();
+    const float sum = sum_of_row(shared);
+    const int lane = lane_index();
+    if (lane < num_gathered * NUM_SUMS) {
+        sums[static_cast<long long>(instance) * NUM_SUMS + lane % NUM_SUMS] = sum;
+    }
+    __syncwarp();
+}
+
+// The lane's pixels as they are in front of the bucket; returns the subtiles that have a pixel alive. Pixels that have
+// ended read the first one of all: no branch, so that all loads are on their way together.
 __device__ __forceinline__ unsigned load_pixels(const Lists& lists, const Image& image, const Bucket& bucket,
                                                 int index, PixelStates& pixels) {
     const int lane = lane_index();
     const unsigned alive = lists.alive[index * SUBTILES + lane % SUBTILES];
+    float4 checkpoints[SUBTILES];
+    int places[SUBTILES];
     unsigned living = 0;
 #pragma unroll
     for (int subtile = 0; subtile < SUBTILES; ++subtile) {
         const unsigned its_alive = __shfl_sync(ALL_LANES, alive, subtile);
+        const bool is_alive = (its_alive >> lane & 1) != 0;
         living |= unsigned(its_alive != 0) << subtile;
-        pixels.light[subtile] = 0.0f;
-        pixels.g[subtile] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if ((its_alive >> lane & 1) != 0) {
-            const float4 checkpoint = load_checkpoint(lists, index, subtile * WARP + lane);
-            pixels.light[subtile] = checkpoint.x;
-            pixels.g[subtile] = load_gradient(image, bucket.tile_x + pixel_x(subtile, lane),
-                                              bucket.tile_y + pixel_y(subtile, lane), checkpoint);
-        }
+        checkpoints[subtile] = load_checkpoint(lists, is_alive ? index : 0, is_alive ? subtile * WARP + lane : 0);
+        places[subtile] = is_alive ? place_of(image, bucket, subtile, lane) : -1;
+    }
+#pragma unroll
+    for (int subtile = 0; subtile < SUBTILES; ++subtile) {
+        const bool is_alive = places[subtile] >= 0;
+        const Gradient g = load_gradient(image, max(places[subtile], 0), checkpoints[subtile]);
+        pixels.light[subtile] = is_alive ? checkpoints[subtile].x : 0.0f;
+        pixels.g[subtile].red = is_alive ? g.red : 0.0f;
+        pixels.g[subtile].green = is_alive ? g.green : 0.0f;
+        pixels.g[subtile].blue = is_alive ? g.blue : 0.0f;
+        pixels.g[subtile].behind = is_alive ? g.behind : 0.0f;
     }
     return living;
 }
 
-extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS)
+extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, BLOCKS_PER_SM)
 backward_pixels(const float* __restrict__ rows, const int2* __restrict__ ranges, const int* __restrict__ list_rows,
                 const int* __restrict__ list_instances, const unsigned char* __restrict__ reached,
                 const int* __restrict__ ends, const int2* __restrict__ buckets, const unsigned* __restrict__ alive,
@@ -240,40 +277,51 @@ backward_pixels(const float* __restrict__ rows, const int2* __restrict__ ranges,
                 int first_row, int last_row, int columns, int width, const float* __restrict__ rgb,
                 const float* __restrict__ transmittance, const float* __restrict__ d_rgb,
                 const float* __restrict__ d_transmittance, float* __restrict__ sums) {
-    __shared__ float4 staged[BACKWARD_WARPS][BUCKET * SPLAT_FLOATS / 4];
+    __shared__ PixelShared of_warps[BACKWARD_WARPS];
     const Lists lists = {ranges, list_rows, list_instances, ends, reached, buckets, alive, checkpoints};
     const Image image = {first_row, last_row, columns, width, rgb, transmittance, d_rgb, d_transmittance};
     const int lane = lane_index(), index = blockIdx.x * BACKWARD_WARPS + warp_index();
     Bucket bucket;
     if (!find_bucket(lists, image, index, counter, bucket_capacity, bucket)) return;
-    float4* splats = staged[warp_index()];
+    PixelShared& shared = of_warps[warp_index()];
     unsigned its_reached = 0;
     int its_instance = 0;
+    bool is_sampled = false;
     if (lane < bucket.count) {
         its_reached = lists.reached[bucket.first + lane];
         its_instance = lists.instances[bucket.first + lane];
-        stage_splat(splats + lane * (SPLAT_FLOATS / 4), splat_of(load_row(rows, lists.rows[bucket.first + lane])));
+        const Splat splat = splat_of(load_row(rows, lists.rows[bucket.first + lane]));
+        is_sampled = splat.mask != 0.0f;
+        stage_splat(shared.splats + lane * (SPLAT_FLOATS / 4), splat);
     }
     PixelStates pixels;
     its_reached &= load_pixels(lists, image, bucket, index, pixels);
+    const float zeros[NUM_SUMS] = {};
+    // Rows of splats that reach no living subtile, and all but the last value of those with m = 0.
+    if (lane < bucket.count && (its_reached == 0 || !is_sampled)) write_sums(sums, its_instance, zeros);
+    const unsigned sampled = __ballot_sync(ALL_LANES, is_sampled);
     __syncwarp();
     const float x = bucket.tile_x + pixel_x(0, lane) + 0.5f, y = bucket.tile_y + pixel_y(0, lane) + 0.5f;
-    const int column = column_of_lane();
-    for (int k = 0; k < bucket.count; ++k) {
-        const unsigned here = __shfl_sync(ALL_LANES, its_reached, k);
+    int num_gathered = 0, instance_of_row = 0;
+    for (unsigned left = __ballot_sync(ALL_LANES, its_reached != 0); left != 0; left &= left - 1) {
+        const int k = __ffs(left) - 1;
+        const unsigned here = __reduce_or_sync(ALL_LANES, lane == k ? its_reached : 0u);
         const int instance = __shfl_sync(ALL_LANES, its_instance, k);
-        const Splat splat = staged_splat(splats + k * (SPLAT_FLOATS / 4));
-        float sum = 0.0f;
-        if (here != 0 && splat.mask != 0.0f) {
-            float of_lane[NUM_SUMS];
-            sum_sampled(splat, here, x, y, pixels, of_lane);
-            sum = sum_transposed(of_lane);
-        } else if (here != 0) {
-            sum = sum_unsampled(splat, here, x, y, pixels);
-            if (column != SUM_MASK) sum = 0.0f;
+        const Splat splat = staged_splat(shared.splats + k * (SPLAT_FLOATS / 4));
+        const float dx[SUBTILE_COLUMNS] = {x - splat.x, x + float(SUBTILE_WIDTH) - splat.x};
+        if ((sampled >> k & 1) == 0) {
+            const float sum = warp_sum(sum_unsampled(splat, here, dx, y, pixels));
+            if (lane == 0) sums[static_cast<long long>(instance) * NUM_SUMS + SUM_MASK] = sum;
+            continue;
         }
-        if (column >= 0) sums[static_cast<long long>(instance) * NUM_SUMS + column] = sum;
+        gather(sum_sampled(splat, here, dx, y, pixels), dx, num_gathered, shared);
+        if (lane / NUM_SUMS == num_gathered) instance_of_row = instance;
+        if (++num_gathered == GATHERED) {
+            write_gathered(shared, GATHERED, instance_of_row, sums);
+            num_gathered = 0;
+        }
     }
+    if (num_gathered > 0) write_gathered(shared, num_gathered, instance_of_row, sums);
     clear_rest(lists, bucket, sums);
 }
 
@@ -299,8 +347,7 @@ __device__ __forceinline__ int stage_pixels(const Lists& lists, const Image& ima
         if ((its_alive >> lane & 1) != 0) {
             const float4 checkpoint = load_checkpoint(lists, index, subtile * WARP + lane);
             light = checkpoint.x;
-            g = load_gradient(image, bucket.tile_x + pixel_x(subtile, lane), bucket.tile_y + pixel_y(subtile, lane),
-                              checkpoint);
+            g = load_gradient(image, place_of(image, bucket, subtile, lane), checkpoint);
         }
         flow.g[count + lane] = make_float4(g.red, g.green, g.blue, g.behind);
         flow.light[count + lane] = light;
