@@ -68,12 +68,10 @@ class PipelineConfig:
         "diff",
         source="Grendel",
         choices=("diff", "default", "cpu", "reference", "cuda", "gsplat"),
-        refused="this version draws on the CPU: the cuda body and gsplat need a CUDA device and are not built in yet; "
-        "use --backend diff",
-        allowed=("default", "cpu", "reference"),
     )
-    """Body of masksplat. diff (alias default): the fastest one for the device at hand; cpu: numba; reference: plain
-    torch, trusted and slow."""
+    """What draws. diff (alias default): masksplat on the device at hand, that is cuda or cpu; reference: plain torch on
+    the CPU, trusted and slow; gsplat: gsplat's projection and, without masks, its rasterizer (needs a GPU and
+    gsplat)."""
     threads: int = flag(0, minimum=0, unit="threads")
     """CPU threads for drawing and image decoding; 0: the cores this process may use."""
     image_cache_gb: float = flag(8.0, minimum=0.0, unit="GiB")

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from distributed.communicator import Communicator
 from gaussian_renderer.image_quality import to_8bit
 from gaussian_renderer.rendering import RenderedView, render_rgb, render_view
+from launch.bodies import choose_body
 from launch.cli import parse_render
 from launch.config import RenderConfig, RenderFlags, pick
-from launch.training import choose_body
 from launch.world import device_type_of, joined_world, parse_once, threads_per_rank
 from masksplat.ops import Body
 from scene.cameras import Camera
@@ -112,7 +112,7 @@ def load_drawer(config: RenderConfig, ply: Path, threads: int, device: torch.dev
         params=params,
         sh_degree={0: 0, 3: 1, 8: 2, 15: 3}[params["shN"].shape[1]],
         background=torch.full((3,), float(config.model.white_background), device=device),
-        body=choose_body(config.pipeline.backend, threads),
+        body=choose_body(config.pipeline.backend, device, threads=threads, has_masks=True),
         antialiased=config.pipeline.antialiasing,
     )
 

@@ -17,11 +17,12 @@ from gaussian_renderer.phases import PhaseTimer
 from gaussian_renderer.scores import ScoreViews
 from gaussian_renderer.step import Batch, StepResult, StepSettings, StepTools
 from gaussian_renderer.views import KERNEL_ATTRIBUTES
+from launch.bodies import choose_body
 from launch.config import TrainConfig, pick, to_plain
 from launch.sharing import LocalViews, PixelShares, Redistribution, RowShares, restore_shares
 from launch.start import check_checkpoint, scene_fingerprints
 from launch.world import require_same, threads_per_rank
-from masksplat.ops import Body, get_body
+from masksplat.ops import Body
 from masksplat.random import BACKGROUND, uniform
 from masksplat.types import AdamStep, ProjectionSettings
 from scene.cameras import Camera
@@ -203,7 +204,12 @@ def build_training(
     if checkpoint is None or checkpoint.num_shards != communicator.size:
         rows.share_out(table)
     photos, test_photos = open_all_photos(config, scene, communicator, show_progress=show_progress)
-    body = choose_body(config.pipeline.backend, threads_per_rank(config.pipeline.threads, communicator))
+    body = choose_body(
+        config.pipeline.backend,
+        communicator.device,
+        threads=threads_per_rank(config.pipeline.threads, communicator),
+        has_masks=config.mask.prune_method == "mask",
+    )
     return Training(
         config=config,
         communicator=communicator,
@@ -225,11 +231,6 @@ def build_training(
         data=data,
         first_step=checkpoint.state.iteration // optimization.bsz if checkpoint is not None else 0,
     )
-
-
-def choose_body(backend: str, threads: int) -> Body:
-    """The masksplat body that --backend means on this machine: diff and default are the device at hand."""
-    return get_body({"diff": "auto", "default": "auto"}.get(backend, backend), num_threads=threads)
 
 
 def choose_batches(config: TrainConfig, num_views: int, communicator: Communicator) -> ViewSampler | LocalViews:
