@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from launch.config import MetricsConfig, MetricsFlags, RenderConfig, RenderFlags, TrainConfig, fill_group
+from launch.finetune import check_finetune, finetune_values
 from launch.flag_groups import (
     DensityFlags,
     LoggingConfig,
@@ -85,7 +86,7 @@ def render_flags() -> tuple[Flag, ...]:
     own = [*flags_of(RenderFlags), *flags_of(ModelConfig), *flags_of(PipelineConfig)]
     names = {each.name for each in own}
     training = (LoggingConfig, DistributionConfig, BenchmarkConfig, DebugConfig, CheckpointFlags, ViewerConfig)
-    ours = {"doctor", "report", "render_and_evaluate"}
+    ours = {"doctor", "report", "render_and_evaluate", "check_agreement"}
     for each in (each for group in training for each in flags_of(group)):
         if each.name not in names | ours:
             reason = each.spec.inert or "it belongs to training, and render.py does not need it"
@@ -112,7 +113,7 @@ def parse_train(arguments: Sequence[str], environment: Mapping[str, str] = os.en
     """
     flags = train_flags()
     given = parse_given(build_parser("train.py", TRAIN_SUMMARY, flags), flags, arguments)
-    values = {**_preset(given), **given}
+    values = {**_preset(given), **finetune_values(given), **given}
     values.update(scaled_schedules(values, given))
     notices = notices_of(flags, given)
     if "source_path" not in given and not values.get("doctor"):
@@ -122,7 +123,7 @@ def parse_train(arguments: Sequence[str], environment: Mapping[str, str] = os.en
     if not values.get("doctor"):
         values["model_path"] = given.get("model_path") or default_model_path(environment.get("OAR_JOB_ID", ""))
     iterations = values.get("iterations", OptimizationConfig.iterations)
-    values.update(_iteration_lists(given, iterations))
+    values.update(_iteration_lists({**finetune_values(given), **given}, iterations))
     groups: dict[str, Any] = {name: fill_group(group, values) for name, group in TRAIN_GROUPS.items()}
     config = TrainConfig(**groups, given=tuple(sorted(given)))
     _check_together(config)
@@ -166,6 +167,7 @@ def _check_together(config: TrainConfig) -> None:
     if optimization.position_lr_init > 0 and optimization.position_lr_final == 0:
         raise InputError("--position_lr_final 0 needs --position_lr_init 0: the schedule between them is logarithmic")
     check_pruning(config)
+    check_finetune(config)
 
 
 def parse_render(arguments: Sequence[str]) -> RenderConfig:

@@ -13,7 +13,6 @@ from pathlib import Path
 from launch.flag import flag
 
 LATER_APPEARANCE = "per-image exposure and depth supervision are not part of this program; leave the flag out"
-LATER_FINETUNE = "pruning and finetuning a trained model is not built in yet; train from photos with -s instead"
 NEVER_READ = "LP-3DGS accepts it, too, and never reads it"
 
 
@@ -247,10 +246,12 @@ class PruneFlags:
     """Unused in LP-3DGS."""
     rad_prune_iterations: tuple[int, ...] = flag((19_500,), source="LP-3DGS", inert=NEVER_READ)
     """Unused in LP-3DGS."""
-    prune_finetune: bool = flag(False, refused=LATER_FINETUNE)
-    """Prunes and finetunes a trained model, as MaskGaussian's prune_finetune.py does."""
-    start_pointcloud: str = flag("", source="MaskGaussian", refused=LATER_FINETUNE)
-    """Trained ply to start from."""
+    prune_finetune: bool = flag(False)
+    """Prunes and finetunes the trained model of --start_pointcloud or --start_checkpoint, as MaskGaussian's
+    prune_finetune.py: iterations 30001 to 35000, no density control, --lambda_mask 0.02, learning rates times 0.95
+    every 400 iterations. Flags given beside it win."""
+    start_pointcloud: str = flag("", source="MaskGaussian")
+    """Trained ply, of any trainer, to start from; it counts as a model of 30 000 iterations."""
     densify_iteration: tuple[int, ...] = flag(
         (-1,), source="MaskGaussian", inert="MaskGaussian accepts it, too, and never reads it"
     )

@@ -33,8 +33,8 @@ PICKED = (SceneOptions, DensityConfig, MaskConfig, PruneConfig)
 # A flag that disappears or is renamed breaks somebody's script: change these lists only with a line in docs/parity.md.
 TRAIN_FLAGS = """
 adjust_strategy_warmp_iterations antialiasing auto_start_checkpoint backend border_divpos_coeff bsz
-check_cpu_memory check_gpu_memory checkpoint_iterations compute_cov3D_python convert_SHs_python data_device
-dataset_type debug debug_from densification_interval densify_from_iter densify_grad_threshold densify_iteration
+check_agreement check_cpu_memory check_gpu_memory checkpoint_iterations compute_cov3D_python convert_SHs_python
+data_device dataset_type debug debug_from densification_interval densify_from_iter densify_grad_threshold densify_iteration
 densify_memory_limit_percentage densify_until_iter depth_l1_weight_final depth_l1_weight_init depths
 detect_anomaly disable_auto_densification disable_viewer distributed_dataset_storage distributed_save doctor
 drop_duplicate_gaussians_coeff drop_initial_3dgs_p enable_timer end2end_time eval exposure_lr_delay_mult
@@ -72,6 +72,7 @@ METRICS_FLAGS = "lpips mode model_paths quiet threads"
 COMPANIONS = {
     "use_importance_mask": "--prune_method rad_splat",
     "lp_compat": "--prune_method rad_splat --use_importance_mask",
+    "prune_finetune": "--start_pointcloud a.ply",
 }
 """Flags without which a Boolean is an error."""
 
@@ -107,7 +108,10 @@ PREDECESSOR_DEFAULTS = {
     "preserving_ratio": 0.1, "rad_prune_threshold": 0.01, "rad_prune_iterations": [19_500],
     "densify_iteration": [-1], "start_pointcloud": "", "wandb_run_name": "",
 }  # fmt: skip
-DELIBERATE = {"backend": "diff", "prune_method": "mask", "test_iterations": [7000, 30_000]}
+DELIBERATE = {
+    "backend": "diff", "prune_method": "mask", "test_iterations": [7000, 30_000],
+    "redistribute_gaussians_mode": "morton", "redistribute_gaussians_frequency": 1,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -89,11 +89,10 @@ TRAIN_COMMANDS = [
 REFUSED_TRAIN_COMMANDS = [
     ("train.py -s data --backend gsplat", "--backend gsplat is refused: this version draws on the CPU"),
     ("train.py -s data --backend cuda", "--backend cuda is refused: this version draws on the CPU"),
-    ("train.py -s data --start_pointcloud a.ply", "--start_pointcloud a.ply is refused: pruning and finetuning"),
-    ("train.py -s data --prune_finetune", "--prune_finetune on is refused"),
+    ("train.py -s data --start_pointcloud a.ply", "--iterations is 30000: nothing is left to train"),
+    ("train.py -s data --prune_finetune", "--prune_finetune has no trained model: give one with --start_pointcloud"),
     ("train.py -s data --drop_duplicate_gaussians_coeff 2", "--drop_duplicate_gaussians_coeff 2.0 is refused"),
     ("train.py -s data --image_distribution_mode 3", "--image_distribution_mode 3 is refused"),
-    ("train.py -s data --save_strategy_history", "--save_strategy_history on is refused"),
     ("train.py -s data -d depths", "--depths depths is refused"),
     ("train.py -s data --train_test_exp", "--train_test_exp on is refused"),
     ("train.py -s data --optimizer_type sparse_adam", "--optimizer_type sparse_adam is refused"),

@@ -202,9 +202,10 @@ def test_a_checkpoint_inside_a_window_holds_everything(tmp_path: Path) -> None:
     for each in (table, resumed):
         train(strategy(Scores()), each, START + 34, START + LENGTH)
     assert by_id([table], "opacities") == by_id([resumed], "opacities") and len(table) < NUM
-    assert IMPORTANCE not in load_checkpoint(
-        save_checkpoint(tmp_path, START + LENGTH, table, state, Communicator())
-    ).table.statistics
+    assert (
+        IMPORTANCE
+        not in load_checkpoint(save_checkpoint(tmp_path, START + LENGTH, table, state, Communicator())).table.statistics
+    )
 
 
 def test_several_windows_prune_several_times() -> None:
