@@ -3,28 +3,47 @@
 
 The forward E copies each packed splat to every region it touches; the backward is its adjoint: the copies' gradients
 are summed at the owner, in the order of ranks. One collective carries the numbers of rows, one the splats, one the
-gradients. Copies for this rank itself never enter a collective. The mask travels as the group a row is sent in (drawn,
-m = 1, or not drawn, m = 0); a row that was not drawn has a gradient by its mask only and returns that one number.
+gradients; the numbers of rows are all that the host ever reads. A rank's copies for itself take the same way, inside
+its own memory.
 
-Letters: W ranks, M packed splats of this rank, Q regions of this rank, R splats received for them.
+What a row's receiver can work out does not travel: the mask follows from the block that the row is in
+(`distributed.routes`), the box of pixels from the row. Of the gradient, neither the zeros of rows that were not drawn
+nor the mask's of rows that no pixel caps.
+
+Letters: W ranks, M packed splats of this rank, Q regions of this rank, R splats received for them, S copies sent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from distributed.communicator import Communicator
-from distributed.pixels import HALO, PixelPartition
+from distributed.pixels import PixelPartition
+from distributed.routes import (
+    MASK,
+    OPACITY,
+    GroupSpans,
+    Routes,
+    numbers_back,
+    select_rows,
+)
+from distributed.transfer import sent_to
+from masksplat.boxes import boxes_of_rows
 from masksplat.types import NUM_ROW_COLUMNS, Splats
 
-MASK_COLUMN = NUM_ROW_COLUMNS - 1
-LARGEST_NARROW_SIDE = 32767
-"""Boxes of views up to this size travel as four 16-bit numbers."""
+NUM_FLOATS = NUM_ROW_COLUMNS
+"""Floats of a row on its way: all columns but the mask, and the depth."""
+
+WORD = 4
+ID_BYTES = 8
+BOX_BYTES = 16
+COUNT_BYTES = 4
 
 GRENDEL_FORWARD_BYTES = 48
 GRENDEL_BACKWARD_BYTES = 40
@@ -36,7 +55,7 @@ class Traffic:
     """What the splats of one rank cost in one step; sum over ranks for all.
 
     copies: splats delivered, those to this rank itself (`own_copies`) included. forward_bytes, backward_bytes: sent by
-    this rank, and returned to it. count_bytes: the numbers of rows that this rank sends.
+    this rank to others, and returned to it. count_bytes: the numbers of rows that this rank sends.
     """
 
     copies: int
@@ -46,33 +65,78 @@ class Traffic:
     count_bytes: int
 
     @property
+    def num_bytes(self) -> int:
+        """All that travels between ranks for this one's splats."""
+        return self.forward_bytes + self.backward_bytes + self.count_bytes
+
+    @property
     def grendel_bytes(self) -> int:
         """What mask-Grendel-GS puts into its all-to-alls for as many copies; it sends itself its own, too."""
         return self.copies * (GRENDEL_FORWARD_BYTES + GRENDEL_BACKWARD_BYTES)
 
 
-def select_rows(
-    splats: Splats, partition: PixelPartition, *, keep: Tensor | None = None, halo: int = HALO
-) -> list[list[Tensor]]:
-    """[rank][region] -> (n,) int64: the packed rows whose box of pixels meets what the region draws.
+@dataclass(frozen=True)
+class Wire:
+    """How a row travels: its floats bit for bit, the low bytes of its id, its box if the receiver cannot work it out.
 
-    Args: keep: (M,) bool, rows that are sent at all (evaluation leaves out those with m = 0).
+    dtype: of the floats. id_bytes: 1 to 8. sends_boxes: see `ExchangePlan.for_partition`.
     """
-    return [
-        [_rows_of_region(splats, region.view, region.drawn_rows(partition.heights[region.view], halo), keep)
-         for region in regions]
-        for regions in partition.regions
-    ]  # fmt: skip
 
+    dtype: torch.dtype
+    id_bytes: int = ID_BYTES
+    sends_boxes: bool = False
 
-def _rows_of_region(splats: Splats, view: int, drawn: tuple[int, int], keep: Tensor | None) -> Tensor:
-    """(n,) int64, ascending."""
-    first, last = splats.view_range(view)
-    boxes = splats.boxes[first:last]
-    meets = (boxes[:, 1] < drawn[1]) & (boxes[:, 3] > drawn[0])
-    if keep is not None:
-        meets &= keep[first:last]
-    return torch.nonzero(meets)[:, 0] + first  # host sync on a GPU: its length
+    @classmethod
+    def of(cls, splats: Splats, id_bound: int | None, *, sends_boxes: bool) -> Wire:
+        """The narrowest one for ids below `id_bound`. On a GPU in whole words: it moves odd bytes one at a time."""
+        needed = ID_BYTES if id_bound is None else max(1, -(-(id_bound - 1).bit_length() // 8))
+        if splats.rows.device.type == "cuda":
+            needed = -(-needed // WORD) * WORD
+        return cls(splats.rows.dtype, needed, sends_boxes)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one copy."""
+        return NUM_FLOATS * self.dtype.itemsize + self.id_bytes + (BOX_BYTES if self.sends_boxes else 0)
+
+    @property
+    def unit(self) -> torch.dtype:
+        """Integers that rows are cut into."""
+        return torch.uint8 if self.id_bytes % WORD else torch.int32
+
+    def _units(self, num_bytes: int) -> int:
+        return num_bytes // self.unit.itemsize
+
+    def pack(self, splats: Splats, rows: Tensor) -> Tensor:
+        """(S, units): the chosen packed rows."""
+        unit, ids = self.unit, splats.ids.index_select(0, rows)
+        parts = [
+            splats.rows.index_select(0, rows).view(unit)[:, : self._units(MASK * self.dtype.itemsize)],
+            splats.depths.index_select(0, rows)[:, None].view(unit),
+            ids[:, None].view(unit)[:, : self._units(self.id_bytes)],
+        ]
+        if self.sends_boxes:
+            parts.append(splats.boxes.index_select(0, rows).view(unit))
+        return torch.cat(parts, dim=1)
+
+    def unpack(self, wire: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (R, 10), depths (R,) and ids (R,) of what `pack` made; drawn: (R,), the masks."""
+        columns, floats = self._units(MASK * self.dtype.itemsize), self._units(NUM_FLOATS * self.dtype.itemsize)
+        rows = torch.empty((len(wire), NUM_ROW_COLUMNS), dtype=self.dtype, device=wire.device)
+        rows.view(self.unit)[:, :columns] = wire[:, :columns]
+        rows[:, MASK] = drawn
+        depths = torch.empty((len(wire), 1), dtype=self.dtype, device=wire.device)
+        depths.view(self.unit)[:] = wire[:, columns:floats]
+        ids = torch.zeros((len(wire), 1), dtype=torch.int64, device=wire.device)
+        last = floats + self._units(self.id_bytes)
+        ids.view(self.unit)[:, : last - floats] = wire[:, floats:last]
+        return rows, depths[:, 0], ids[:, 0]
+
+    def unpack_boxes(self, wire: Tensor) -> Tensor:
+        """(R, 4) int32 boxes that were sent."""
+        boxes = torch.empty((len(wire), 4), dtype=torch.int32, device=wire.device)
+        boxes.view(self.unit)[:] = wire[:, -self._units(BOX_BYTES) :]
+        return boxes
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,21 +144,13 @@ class ExchangePlan:
     """Who sends which packed rows to whom in one step; made by all ranks together.
 
     num_rows: M. region_offsets: (Q + 1,) int64, on the host: rows [q, q + 1) of what is received are region q's.
-    send_rows: for each rank, the packed rows that it gets, in the order of its regions, within a region drawn rows
-    first. is_identity: a world of one that sends everything; forward and backward return what they are given.
+    passage: None in a world of one that draws everything; forward and backward then return what they are given.
     """
 
     communicator: Communicator
     num_rows: int
     region_offsets: Tensor
-    send_rows: tuple[Tensor, ...]
-    send_drawn: Tensor  # (rows sent to others,) bool
-    receive_counts: tuple[int, ...]  # rows from each rank, 0 from this one
-    receive_drawn: Tensor  # (rows from others,) bool, in order of arrival
-    receive_places: Tensor  # (rows from others,) int64: where they go among the R
-    own_places: Tensor  # (own copies,) int64
-    has_wide_boxes: bool
-    is_identity: bool = False
+    passage: Passage | None = None
 
     @classmethod
     def for_partition(
@@ -103,58 +159,33 @@ class ExchangePlan:
         splats: Splats,
         partition: PixelPartition,
         *,
-        largest_side: int,
+        sizes: Sequence[tuple[int, int]] | None = None,
         keep: Tensor | None = None,
+        id_bound: int | None = None,
     ) -> ExchangePlan:
         """The plan that brings every region of `partition` the splats it can show. All ranks call it.
 
-        Args: largest_side: widest or highest view of the batch, in pixels; keep: see `select_rows`.
+        Host sync: the numbers of rows, the only one of an exchange.
+
+        Args: sizes: (width, height) of each view of the batch: receivers work out the boxes of rows, which suits the
+        bodies whose boxes hold alpha >= 1/255; without it boxes travel. keep: see `select_rows`. id_bound: all ids are
+        below it (`distributed.numbering` makes small ones), so they travel in fewer bytes.
         """
         if communicator.size == 1 and keep is None:
-            return cls._identity(communicator, splats)
-        selections = select_rows(splats, partition, keep=keep)
-        return cls.for_selections(communicator, selections, splats.rows[:, MASK_COLUMN] != 0, largest_side=largest_side)
-
-    @classmethod
-    def _identity(cls, communicator: Communicator, splats: Splats) -> ExchangePlan:
-        """One rank draws all views whole: nothing moves."""
-        nothing = torch.empty(0, dtype=torch.int64)
-        empty = torch.empty(0, dtype=torch.bool)
-        unused = ((nothing,), empty, (0,), empty, nothing, nothing, False)
-        return cls(communicator, len(splats), splats.view_offsets, *unused, is_identity=True)
-
-    @classmethod
-    def for_selections(
-        cls, communicator: Communicator, selections: Sequence[Sequence[Tensor]], is_drawn: Tensor, *, largest_side: int
-    ) -> ExchangePlan:
-        """The plan for chosen rows. All ranks call it, and know how many regions each rank has.
-
-        Args: selections: [rank][region] -> (n,) int64 packed rows; the regions of one rank have no row in common.
-        is_drawn: (M,) bool, m = 1.
-        """
-        rank, device = communicator.rank, is_drawn.device
-        blocks = [[_drawn_first(rows, is_drawn) for rows in regions] for regions in selections]
-        counts = torch.tensor([block[1] for regions in blocks for block in regions], dtype=torch.int64).reshape(-1, 2)
-        num_regions = len(selections[rank])
-        received = communicator.all_to_all_rows(
-            counts, [len(regions) for regions in selections], [num_regions] * communicator.size
+            return cls(communicator, len(splats), splats.view_offsets)
+        selection = select_rows(splats, partition, keep=keep)
+        blocks = communicator.gather(selection.counts).cpu().numpy()  # all ranks; host sync: the only one
+        routes = Routes(communicator.rank, blocks.astype(np.int64), tuple(map(len, partition.regions)))
+        mine = partition.regions[communicator.rank]
+        passage = Passage(
+            wire=Wire.of(splats, id_bound, sends_boxes=sizes is None),
+            routes=routes,
+            send_rows=selection.rows[: int(routes.sent.sum())],
+            opacities=splats.rows[:, OPACITY],
+            sizes=None if sizes is None else np.array([sizes[region.view] for region in mine], np.int32).reshape(-1, 2),
+            is_cut=sum(map(len, partition.regions)) > len(partition.heights),
         )
-        arrivals = _Arrivals.of(received.reshape(communicator.size, num_regions, 2).numpy(), rank)
-        none = [torch.empty(0, dtype=torch.int64, device=device)]
-        send_rows = tuple(torch.cat(none + [block[0] for block in regions]) for regions in blocks)
-        others = torch.cat(none + [rows for to, rows in enumerate(send_rows) if to != rank])
-        return cls(
-            communicator,
-            len(is_drawn),
-            torch.from_numpy(arrivals.region_offsets),
-            send_rows,
-            is_drawn[others],
-            tuple(arrivals.counts),
-            torch.from_numpy(arrivals.drawn).to(device),
-            torch.from_numpy(arrivals.places).to(device),
-            torch.from_numpy(arrivals.own_places).to(device),
-            largest_side > LARGEST_NARROW_SIDE,
-        )
+        return cls(communicator, len(splats), routes.region_offsets, passage)
 
     @property
     def num_received(self) -> int:
@@ -162,25 +193,24 @@ class ExchangePlan:
         return int(self.region_offsets[-1])
 
     def forward(self, splats: Splats) -> Splats:
-        """The splats of this rank's regions: "view" q of the result is region q.
+        """The splats of this rank's regions: "view" q of the result is region q. All ranks.
 
-        Masks must be 0 or 1. `gaussians` of the result are -1 (their owners know them), `slots` are empty. All ranks.
+        Masks must be 0 or 1. `gaussians` of the result are -1 (their owners know them), `slots` are empty.
         """
-        if self.is_identity:
+        way = self.passage
+        if way is None:
             return splats
-        own = self._own_rows
-        others = self._other_rows
-        wire = torch.cat([_float_words(splats, others), _whole_words(splats, others, self.has_wide_boxes)], dim=1)
-        arrived = self.communicator.all_to_all_rows(wire, self._send_counts, self.receive_counts)
-        floats, ids, boxes = _unpacked(arrived, splats.rows.dtype, self.has_wide_boxes)
-        drawn = self.receive_drawn.to(splats.rows.dtype)[:, None]
-        place = self._placed
+        packed = way.wire.pack(splats, way.send_rows)
+        arrived = self.communicator.all_to_all_rows(packed, way.send_counts, way.receive_counts)  # all ranks
+        if way.places is not None:
+            arrived = arrived.index_select(0, way.places)
+        rows, depths, ids = way.wire.unpack(arrived, way.drawn)
         return Splats(
-            rows=place(splats.rows[own], torch.cat([floats[:, :MASK_COLUMN], drawn], dim=1)),
-            depths=place(splats.depths[own], floats[:, MASK_COLUMN]),
-            ids=place(splats.ids[own], ids),
-            gaussians=splats.gaussians.new_full((self.num_received,), -1),
-            boxes=place(splats.boxes[own], boxes),
+            rows=rows,
+            depths=depths,
+            ids=ids,
+            gaussians=splats.gaussians.new_full((len(rows),), -1),
+            boxes=way.wire.unpack_boxes(arrived) if way.limits is None else boxes_of_rows(rows, way.limits),
             view_offsets=self.region_offsets,
             slots=splats.slots.new_empty((len(self.region_offsets) - 1, 0)),
         )
@@ -188,139 +218,117 @@ class ExchangePlan:
     def backward(self, d_received: Tensor) -> Tensor:
         """(M, 10): gradients by this rank's packed rows, from (R, 10) gradients by what it received. All ranks.
 
-        Rows that were not drawn must have zeros in all columns but the mask's.
+        As `rasterize_backward` makes them: rows that were not drawn have zeros in all columns but the mask's, and the
+        mask's gradient of the others is opacity * dL/d(opacity) where no pixel capped alpha.
         """
-        if self.is_identity:
+        way = self.passage
+        if way is None:
             return d_received
-        widths_out, widths_in = _widths(self.receive_drawn), _widths(self.send_drawn)
-        outgoing = _joined(d_received[self.receive_places], self.receive_drawn, widths_out)
-        send_counts, receive_counts = self._send_counts, self.receive_counts
-        flat = self.communicator.all_to_all_rows(
-            outgoing, _sums(widths_out, receive_counts), _sums(widths_in, send_counts)
-        )
-        returned = _separated(flat, self.send_drawn, widths_in).split(send_counts)
-        d_rows = d_received.new_zeros((self.num_rows, d_received.shape[1]))
-        for rank, rows in enumerate(self.send_rows):  # the fixed order of the sum
-            part = d_received[self.own_places] if rank == self.communicator.rank else returned[rank]
-            d_rows.index_add_(0, rows, part)
-        return d_rows
+        if way.places is not None:
+            d_received = torch.empty_like(d_received).index_copy_(0, way.places, d_received)
+        outgoing = _joined(d_received, GroupSpans.of(way.routes.received))
+        back, sent = numbers_back(way.routes.received), numbers_back(way.routes.sent)
+        returned = self.communicator.all_to_all_rows(outgoing, back, sent)  # all ranks
+        return way.summed(returned, self.num_rows)
 
     def traffic(self, dtype: torch.dtype = torch.float32) -> Traffic:
         """What forward and backward move for this rank's splats, with floats of `dtype`."""
-        if self.is_identity:
+        way = self.passage
+        if way is None:
             return Traffic(self.num_received, self.num_received, 0, 0, 0)
-        drawn, sent = int(self.send_drawn.sum()), len(self.send_drawn)
-        num_bytes = dtype.itemsize
-        per_copy = NUM_ROW_COLUMNS * num_bytes + 8 + (16 if self.has_wide_boxes else 8)
-        back = (drawn * NUM_ROW_COLUMNS + sent - drawn) * num_bytes
-        counts = 16 * (len(self.region_offsets) - 1) * (self.communicator.size - 1)
-        return Traffic(sent + len(self._own_rows), len(self._own_rows), sent * per_copy, back, counts)
-
-    @property
-    def _own_rows(self) -> Tensor:
-        return self.send_rows[self.communicator.rank]
-
-    @property
-    def _other_rows(self) -> Tensor:
-        parts = [rows for rank, rows in enumerate(self.send_rows) if rank != self.communicator.rank]
-        return torch.cat([self._own_rows[:0], *parts])
-
-    @property
-    def _send_counts(self) -> list[int]:
-        """Rows for each rank that enter the collective."""
-        return [0 if rank == self.communicator.rank else len(rows) for rank, rows in enumerate(self.send_rows)]
-
-    def _placed(self, own: Tensor, arrived: Tensor) -> Tensor:
-        """Own copies and arrived rows, each in its place."""
-        result = own.new_empty((self.num_received, *own.shape[1:]))
-        result[self.own_places] = own
-        result[self.receive_places] = arrived
-        return result
+        rank, routes = self.communicator.rank, way.routes
+        own, all_copies = int(routes.sent[rank].sum()), int(routes.sent.sum())
+        back = sum(count for to, count in enumerate(numbers_back(routes.sent)) if to != rank)
+        forward_bytes = (all_copies - own) * replace(way.wire, dtype=dtype).row_bytes
+        count_bytes = COUNT_BYTES * routes.blocks.shape[1] * (self.communicator.size - 1)
+        return Traffic(all_copies, own, forward_bytes, back * dtype.itemsize, count_bytes)
 
 
 @dataclass(frozen=True, eq=False)
-class _Arrivals:
-    """Rows arrive by source, region, group; they are kept by region, source, group."""
+class Passage:
+    """The copies of one step on their way.
 
-    region_offsets: np.ndarray
-    counts: list[int]
-    drawn: np.ndarray
-    places: np.ndarray
-    own_places: np.ndarray
+    send_rows: (S,) packed rows, by target. opacities: (M,) of the packed rows. sizes: (Q, 2) int32 width and height of
+    the views of this rank's regions, or None when boxes travel. is_cut: a row may have copies on several ranks.
+    """
 
-    @classmethod
-    def of(cls, counts: np.ndarray, rank: int) -> _Arrivals:
-        """From the (W, Q, 2) numbers of rows: drawn, not drawn."""
-        lengths = counts.reshape(-1)
-        starts_of_arrival = np.cumsum(lengths) - lengths
-        by_region = counts.transpose(1, 0, 2)
-        kept = by_region.reshape(-1)
-        starts_kept = (np.cumsum(kept) - kept).reshape(by_region.shape).transpose(1, 0, 2).reshape(-1)
-        places = np.repeat(starts_kept - starts_of_arrival, lengths) + np.arange(lengths.sum())
-        source, _, group = np.indices(counts.shape).reshape(3, -1)
-        is_own = np.repeat(source == rank, lengths)
-        from_rank = counts.sum(axis=(1, 2))
-        from_rank[rank] = 0
-        offsets = np.concatenate([[0], np.cumsum(by_region.sum(axis=(1, 2)))]).astype(np.int64)
-        drawn = np.repeat(group == 0, lengths)[~is_own]
-        return cls(offsets, from_rank.tolist(), drawn, places[~is_own], places[is_own])
+    wire: Wire
+    routes: Routes
+    send_rows: Tensor
+    opacities: Tensor
+    sizes: np.ndarray | None
+    is_cut: bool
 
+    @property
+    def send_counts(self) -> list[int]:
+        """Rows for each rank."""
+        return [int(count) for count in self.routes.sent.sum(axis=1)]
 
-def _drawn_first(rows: Tensor, is_drawn: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """The rows with those drawn in front, and the two numbers of rows."""
-    drawn = is_drawn[rows]
-    front, back = rows[drawn], rows[~drawn]  # host sync on a GPU: their lengths
-    return torch.cat([front, back]), (len(front), len(back))
+    @property
+    def receive_counts(self) -> list[int]:
+        """Rows from each rank."""
+        return [int(count) for count in self.routes.received.sum(axis=1)]
 
+    @cached_property
+    def _runs(self) -> Tensor:
+        """(R, 3) int32 of each received row: what `Routes.runs` says of its run."""
+        runs = sent_to(torch.from_numpy(self.routes.runs), self.send_rows.device)
+        run = torch.repeat_interleave(runs[:, 0], output_size=sum(self.receive_counts))
+        return runs[:, 1:].index_select(0, run)
 
-def _float_words(splats: Splats, rows: Tensor) -> Tensor:
-    """(n, 10 or 20) int32: nine columns of the rows and the depth, bit for bit."""
-    floats = torch.cat([splats.rows[rows, :MASK_COLUMN], splats.depths[rows, None]], dim=1)
-    return floats.contiguous().view(torch.int32)
+    @cached_property
+    def places(self) -> Tensor | None:
+        """(R,) int64: the place of each received row on its arrival; None when rows stay as they come."""
+        if self.routes.num_regions[self.routes.rank] < 2:
+            return None
+        return self._runs[:, 0] + torch.arange(len(self._runs), device=self.send_rows.device)
 
+    @property
+    def drawn(self) -> Tensor:
+        """(R,) 1 for rows with m = 1, else 0."""
+        return self._runs[:, 1]
 
-def _whole_words(splats: Splats, rows: Tensor, wide: bool) -> Tensor:
-    """(n, 4 or 6) int32: id and box."""
-    ids = splats.ids[rows, None].view(torch.int32)
-    boxes = splats.boxes[rows]
-    return torch.cat([ids, boxes if wide else boxes.to(torch.int16).view(torch.int32)], dim=1)
+    @cached_property
+    def limits(self) -> Tensor | None:
+        """(R, 2) or (1, 2) int32: width and height of the view of each received row; None when boxes travel."""
+        if self.sizes is None:
+            return None
+        sizes = sent_to(torch.from_numpy(self.sizes), self.send_rows.device)
+        return sizes if len(sizes) == 1 else sizes.index_select(0, self._runs[:, 2])
 
+    def summed(self, returned: Tensor, num_rows: int) -> Tensor:
+        """(M, 10): what came back from all ranks (one line of numbers, as `_joined` makes it), added up by row."""
+        spans, num_ranks = GroupSpans.of(self.routes.sent), len(self.routes.sent)
+        lengths = [part for pair in zip(spans.drawn, spans.masked, strict=True) for part in pair]
+        widths = [MASK * _length(part) if k % 2 == 0 else _length(part) for k, part in enumerate(lengths)]
+        parts = returned.split(widths)
+        d_rows = returned.new_zeros((num_rows, NUM_ROW_COLUMNS))
+        turns = [slice(rank, rank + 1) for rank in range(num_ranks)] if self.is_cut else [slice(None)]
+        for turn in turns:  # the fixed order of the sum; a rank has a row once
+            _add_rows(d_rows[:, :MASK], self._rows_of(spans.drawn[turn]), torch.cat(parts[::2][turn]).view(-1, MASK))
+            _add_rows(d_rows[:, MASK], self._rows_of(spans.masked[turn]), torch.cat(parts[1::2][turn]))
+        shaded = self._rows_of(spans.shaded)
+        d_opacity = d_rows[:, OPACITY].index_select(0, shaded)
+        d_rows[:, MASK].index_copy_(0, shaded, d_opacity.mul_(self.opacities.index_select(0, shaded)))
+        return d_rows
 
-def _unpacked(words: Tensor, dtype: torch.dtype, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Floats (n, 10), ids (n,) and boxes (n, 4) of the words that `_float_words` and `_whole_words` made."""
-    split = NUM_ROW_COLUMNS * dtype.itemsize // 4
-    floats = words[:, :split].contiguous().view(dtype)
-    ids = words[:, split : split + 2].contiguous().view(torch.int64)[:, 0]
-    boxes = words[:, split + 2 :].contiguous()
-    return floats, ids, boxes if wide else boxes.view(torch.int16).to(torch.int32)
-
-
-def _widths(drawn: Tensor) -> Tensor:
-    """(n,) int64: how many numbers of each row's gradient travel."""
-    return torch.where(drawn, NUM_ROW_COLUMNS, 1)
-
-
-def _sums(widths: Tensor, counts: Sequence[int]) -> list[int]:
-    """The sum of the widths of each run of `counts` rows."""
-    ends = torch.cat([widths.new_zeros(1), widths.cumsum(0)])[np.cumsum([0, *counts])]
-    return ends.diff().tolist()  # host sync on a GPU
-
-
-def _joined(gradients: Tensor, drawn: Tensor, widths: Tensor) -> Tensor:
-    """One line of numbers: ten of each drawn row, the mask's of the others, in the order of the (n, 10) rows."""
-    flat = gradients.new_empty(int(widths.sum()))
-    starts = widths.cumsum(0) - widths
-    columns = torch.arange(NUM_ROW_COLUMNS, device=widths.device)
-    flat[starts[drawn][:, None] + columns] = gradients[drawn]
-    flat[starts[~drawn]] = gradients[~drawn, MASK_COLUMN]
-    return flat
+    def _rows_of(self, spans: Sequence[slice]) -> Tensor:
+        return torch.cat([self.send_rows[span] for span in spans])
 
 
-def _separated(flat: Tensor, drawn: Tensor, widths: Tensor) -> Tensor:
-    """The inverse of `_joined`: (n, 10) rows, zero where nothing travelled."""
-    gradients = flat.new_zeros((len(drawn), NUM_ROW_COLUMNS))
-    starts = widths.cumsum(0) - widths
-    columns = torch.arange(NUM_ROW_COLUMNS, device=widths.device)
-    gradients[drawn] = flat[starts[drawn][:, None] + columns]
-    gradients[~drawn, MASK_COLUMN] = flat[starts[~drawn]]
-    return gradients
+def _add_rows(total: Tensor, rows: Tensor, part: Tensor) -> None:
+    """total[rows] += part in place, for distinct rows: index_add_ takes ten times as long on a CPU."""
+    total.index_copy_(0, rows, total.index_select(0, rows).add_(part))
+
+
+def _joined(gradients: Tensor, spans: GroupSpans) -> Tensor:
+    """One line of numbers: for each rank nine of each drawn row, then the mask's of those where it travels."""
+    nine, masks = gradients[:, :MASK].reshape(-1), gradients[:, MASK].contiguous()
+    parts = []
+    for drawn, masked in zip(spans.drawn, spans.masked, strict=True):
+        parts += [nine[MASK * drawn.start : MASK * drawn.stop], masks[masked]]
+    return torch.cat(parts)
+
+
+def _length(span: slice) -> int:
+    return int(span.stop - span.start)

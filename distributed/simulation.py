@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How evenly the rules share out batches whose costs are known: `python -m distributed.simulation COSTS.json`.
+"""What as many ranks as one likes would do, without starting any.
 
-The file holds, for each view, the list of the costs of its tile rows (pairs of pixel and splat): what a training with
-as many processes as one likes would have to share out. Nothing is drawn and no process is started.
+`python -m distributed.simulation COSTS.json` tells how evenly the rules share out batches whose costs are known. The
+file holds, for each view, the list of the costs of its tile rows (pairs of pixel and splat). Nothing is drawn.
+
+`simulate_exchange` counts what ranks would send each other for given splats; `bench/exchange_bytes.py` draws them.
 """
 
 from __future__ import annotations
@@ -16,10 +18,14 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from distributed.balance import RULES, loads_of, partition_batch, smallest_largest_load
+from distributed.exchange import COUNT_BYTES, Traffic, Wire
+from distributed.pixels import PixelPartition
+from distributed.routes import NUM_GROUPS, NUMBERS_BACK, select_rows
 from masksplat.random import permutation
-from masksplat.types import TILE
+from masksplat.types import TILE, Splats
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ def simulate(
     Args: costs: for each view, (tile rows,) int64 > 0.
     """
     found, bounds = [], []
-    for batch in islice(_batches(len(costs), batch_size, seed), num_batches):
+    for batch in islice(batches(len(costs), batch_size, seed), num_batches):
         mine = [costs[view] for view in batch]
         partition = partition_batch([TILE * len(view) for view in mine], mine, num_ranks, rule=rule)
         rows = np.concatenate(mine)
@@ -58,8 +64,8 @@ def simulate(
     return Imbalance(rule, num_ranks, batch_size, mean, max(found), best, over)
 
 
-def _batches(num_views: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Yield batches without end."""
+def batches(num_views: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Yield batches of views without end, drawn as in training: every view once, in an order that `seed` gives, ..."""
     epoch = 0
     views: list[int] = []
     while True:
@@ -79,6 +85,28 @@ def table_of(costs: Sequence[np.ndarray], ranks: Sequence[int], batch_sizes: Seq
             cells = "".join(f"{f'{result.mean:.3f} ({result.worst:.3f})':>18}" for result in results)
             lines.append(f"{num_ranks:>5} {batch_size:>5} {cells}{results[0].best:>10.3f}")
     return "\n".join(lines)
+
+
+def simulate_exchange(splats: Splats, owners: Tensor, partition: PixelPartition, *, id_bound: int) -> Traffic:
+    """What all ranks together would deliver in one step, boxes not sent: the sum of their `ExchangePlan.traffic`.
+
+    Args: splats: M packed rows of the views of all ranks' Gaussians; owners: (M,) int64 rank that owns each row.
+    """
+    selection, counts = select_rows(splats, partition), [len(mine) for mine in partition.regions]
+    target, group = np.array(
+        [(rank, group) for rank, count in enumerate(counts) for group in range(NUM_GROUPS) for _ in range(count)]
+    ).T
+    copies = selection.counts.numpy()
+    is_remote = owners[selection.rows[: copies.sum()]].numpy() != np.repeat(target, copies)
+    remote = np.bincount(np.repeat(group, copies)[is_remote], minlength=NUM_GROUPS)
+    num_ranks, wire = partition.num_ranks, Wire.of(splats, id_bound, sends_boxes=False)
+    return Traffic(
+        copies=int(copies.sum()),
+        own_copies=int(copies.sum() - remote.sum()),
+        forward_bytes=int(remote.sum()) * wire.row_bytes,
+        backward_bytes=int(remote @ np.array(NUMBERS_BACK)) * wire.dtype.itemsize,
+        count_bytes=COUNT_BYTES * len(copies) * num_ranks * (num_ranks - 1),
+    )
 
 
 def read_costs(path: Path) -> list[np.ndarray]:

@@ -26,8 +26,12 @@ class RankFailure(AssertionError):
     """A rank raised; the message holds every failed rank's traceback."""
 
 
-def run_ranks(check: Callable[..., Any], size: int, *values: Any, seconds: float = 60.0) -> list[Any]:
+def run_ranks(
+    check: Callable[..., Any], size: int, *values: Any, seconds: float = 60.0, device_type: str = "cpu"
+) -> list[Any]:
     """What `check(communicator, *values)` returns on each of `size` ranks. `check` is a function of a test module.
+
+    device_type: "cuda" gives each rank a GPU and nccl beside gloo.
 
     Raises: RankFailure when any rank raised, died or did not end in time.
     """
@@ -38,7 +42,9 @@ def run_ranks(check: Callable[..., Any], size: int, *values: Any, seconds: float
         for rank in range(size):
             mine, theirs = context.Pipe(duplex=False)
             process = context.Process(
-                target=_run_rank, args=(check, Path(folder) / "store", rank, size, values, theirs), daemon=True
+                target=_run_rank,
+                args=(check, Path(folder) / "store", rank, size, values, theirs, device_type),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -68,7 +74,13 @@ def _answer(rank: int, process: BaseProcess, pipe: Connection, seconds: float) -
 
 
 def _run_rank(
-    check: Callable[..., Any], store: Path, rank: int, size: int, values: tuple[Any, ...], pipe: Connection
+    check: Callable[..., Any],
+    store: Path,
+    rank: int,
+    size: int,
+    values: tuple[Any, ...],
+    pipe: Connection,
+    device_type: str,
 ) -> None:
     """The body of one process."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -78,7 +90,7 @@ def _run_rank(
 
     torch.set_num_threads(1)
     try:
-        communicator = Communicator.from_file(store, rank, size, step_seconds=STEP_SECONDS)
+        communicator = Communicator.from_file(store, rank, size, device_type=device_type, step_seconds=STEP_SECONDS)
         pipe.send((False, check(communicator, *values)))
         communicator.close()
     except BaseException:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +13,11 @@ import pytest
 import torch
 
 from distributed.communicator import Communicator
-from distributed.exchange import ExchangePlan, Traffic, select_rows
+from distributed.exchange import ExchangePlan, Traffic
+from distributed.numbering import order_numbers
 from distributed.pixels import PixelPartition, Region, num_tile_rows
+from distributed.routes import select_rows
+from exchange_splats import possible_gradient, random_partition, random_splats
 from kernel_scenes import random_scene
 from masksplat.ops import get_body
 from masksplat.types import Gaussians, ProjectionSettings, Splats, Views
@@ -20,49 +26,81 @@ from rank_harness import run_ranks
 SIZES = [1, 2, 3, 4]
 
 
-def random_splats(num_rows: int, rng: np.random.Generator, dtype: torch.dtype) -> Splats:
-    """Rows of one view that mean nothing; masks 0 or 1."""
-    rows = torch.from_numpy(rng.normal(size=(num_rows, 10))).to(dtype)
-    rows[:, 9] = torch.from_numpy(rng.integers(0, 2, num_rows))
-    return Splats(
-        rows=rows,
-        depths=torch.from_numpy(rng.random(num_rows)).to(dtype),
-        ids=torch.from_numpy(rng.integers(0, 1 << 62, num_rows)),
-        gaussians=torch.arange(num_rows, dtype=torch.int32),
-        boxes=torch.from_numpy(rng.integers(0, 30000, (num_rows, 4)).astype(np.int32)),
-        view_offsets=torch.tensor([0, num_rows]),
-        slots=torch.empty((1, 0), dtype=torch.int32),
-    )
+def rows_of_region(splats: Splats, region: Region, partition: PixelPartition, keep: torch.Tensor) -> list[int]:
+    """What the region needs, one row after the other."""
+    start, stop = region.drawn_rows(partition.heights[region.view])
+    first, last = splats.view_range(region.view)
+    boxes = splats.boxes.tolist()
+    return [row for row in range(first, last) if keep[row] and boxes[row][1] < stop and boxes[row][3] > start]
 
 
-def random_selections(num_rows: int, num_regions: list[int], rng: np.random.Generator) -> list[list[torch.Tensor]]:
-    """Disjoint rows for the regions of each rank; each region may get none."""
-    selections = []
-    for count in num_regions:
-        region = rng.integers(-1, max(count, 1) + (rng.random() < 0.2), num_rows)
-        selections.append([torch.from_numpy(np.flatnonzero(region == k)) for k in range(count)])
-    return selections
+def moved(splats: Splats, device: torch.device | str) -> Splats:
+    """On a device; the offsets of views stay on the host."""
+    tensors = {
+        name: value.to(device)
+        for name, value in vars(splats).items()
+        if isinstance(value, torch.Tensor) and name != "view_offsets"
+    }
+    return replace(splats, **tensors)
 
 
-def adjoint_case(world: Communicator, seed: int, dtype: torch.dtype) -> tuple[float, float, float]:
-    """<E x, y>, <x, E^T y> and their scale, after checking what arrived and what returned row by row."""
+def there_and_back(
+    world: Communicator,
+    splats: Splats,
+    partition: PixelPartition,
+    keep: torch.Tensor | None,
+    rng: np.random.Generator,
+) -> tuple[Splats, torch.Tensor, torch.Tensor]:
+    """What is received, a gradient of it, and what that becomes at the owners; on the host.
+
+    On a GPU forward and backward must not wait for it.
+    """
+    here = moved(splats, world.device)
+    plan = ExchangePlan.for_partition(world, here, partition, keep=None if keep is None else keep.to(world.device))
+    with waiting_forbidden(world.device):
+        received = plan.forward(here)
+    on_host = moved(received, "cpu")
+    y = possible_gradient(on_host, rng)
+    y_here = y.to(world.device)
+    with waiting_forbidden(world.device):
+        d_rows = plan.backward(y_here)
+    return on_host, y, d_rows.cpu()
+
+
+@contextmanager
+def waiting_forbidden(device: torch.device) -> Iterator[None]:
+    """torch raises when the host would wait for the GPU."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def adjoint_case(world: Communicator, seed: int) -> tuple[float, float, float, float]:
+    """<E x, y>, <x, E^T y>, their scale and tolerance, after checking what arrived and what returned row by row."""
     shared = np.random.default_rng(seed)
-    num_regions = shared.integers(0, 4, world.size).tolist()
-    num_rows = shared.choice([0, 1, 7, 50], world.size)[world.rank]
+    dtype = torch.float64 if seed % 3 else torch.float32
+    partition = random_partition(int(shared.integers(1, 4)), world.size, shared)
+    lengths = shared.choice([0, 1, 7, 30], (world.size, len(partition.heights)))[world.rank].tolist()
     rng = np.random.default_rng([seed, world.rank])
-    splats = random_splats(int(num_rows), rng, dtype)
-    selections = random_selections(len(splats), num_regions, rng)
-    wide = bool(seed % 2)
-    plan = ExchangePlan.for_selections(
-        world, selections, splats.rows[:, 9] != 0, largest_side=40_000 if wide else 30_000
-    )
-    received = plan.forward(splats)
-    y = torch.from_numpy(rng.normal(size=(len(received), 10))).to(dtype)
-    y[received.rows[:, 9] == 0, :9] = 0
-    d_rows = plan.backward(y)
-    assert len(received.view_offsets) == num_regions[world.rank] + 1
+    splats = random_splats(lengths, rng, dtype)
+    keep = None if seed % 4 else torch.from_numpy(rng.random(len(splats)) < 0.7)
+    received, y, d_rows = there_and_back(world, splats, partition, keep, rng)
+    assert len(received.view_offsets) == len(partition.regions[world.rank]) + 1
     assert d_rows.shape == splats.rows.shape
-    return check_against_everybody(world, splats, selections, received, y, d_rows)
+    chosen = [
+        [
+            rows_of_region(splats, region, partition, torch.ones(len(splats)) if keep is None else keep)
+            for region in mine
+        ]
+        for mine in partition.regions
+    ]
+    everything = check_against_everybody(world, splats, chosen, received, y, d_rows)
+    return (*everything, 1e-14 if dtype == torch.float64 else 1e-6)
 
 
 def everybody(world: Communicator, tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -75,7 +113,7 @@ def everybody(world: Communicator, tensor: torch.Tensor) -> list[torch.Tensor]:
 def check_against_everybody(
     world: Communicator,
     splats: Splats,
-    selections: list[list[torch.Tensor]],
+    chosen: list[list[list[int]]],
     received: Splats,
     y: torch.Tensor,
     d_rows: torch.Tensor,
@@ -86,13 +124,9 @@ def check_against_everybody(
     place = {number: row for row, number in enumerate(ids.tolist())}
     found = [place[number] for number in received.ids.tolist()]
     assert torch.equal(received.rows, rows[found]) and torch.equal(received.depths, depths[found])
-    assert torch.equal(received.boxes, boxes[found])
-    for rank in range(world.size):  # each region got exactly the rows that were chosen for it
-        for region in range(world.gather_counts([len(received.view_offsets) - 1])[rank][0]):
-            chosen = torch.cat(everybody(world, splats.ids[selections[rank][region]])).sort().values
-            if rank == world.rank:
-                first, last = received.view_range(region)
-                assert torch.equal(received.ids[first:last].sort().values, chosen)
+    if world.size > 1 or len(received) < len(splats):
+        assert torch.equal(received.boxes, boxes[found])
+        check_selection(world, splats, chosen, received)
     returned, owner_ids = torch.cat(everybody(world, y)), torch.cat(everybody(world, received.ids))
     expected = torch.zeros_like(rows).index_add_(
         0, torch.tensor([place[n] for n in owner_ids.tolist()]).long(), returned
@@ -105,47 +139,44 @@ def check_against_everybody(
     return float(left), float(right), float(scale)
 
 
+def check_selection(world: Communicator, splats: Splats, chosen: list[list[list[int]]], received: Splats) -> None:
+    """Each region got exactly the rows that it needs."""
+    for rank, regions in enumerate(chosen):
+        for region, rows in enumerate(regions):
+            wanted = torch.cat(everybody(world, splats.ids[rows])).sort().values
+            if rank == world.rank:
+                first, last = received.view_range(region)
+                assert torch.equal(received.ids[first:last].sort().values, wanted)
+
+
 def adjoint_cases(world: Communicator, num_cases: int) -> list[tuple[float, float, float, float]]:
-    results = []
-    for seed in range(num_cases):
-        dtype = torch.float64 if seed % 3 else torch.float32
-        results.append((*adjoint_case(world, seed, dtype), 1e-14 if dtype == torch.float64 else 1e-6))
-    return results
+    return [adjoint_case(world, seed) for seed in range(num_cases)]
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_backward_is_the_adjoint_of_forward(size: int) -> None:
     """Law 4."""
     num_something = 0
-    for left, right, scale, tolerance in run_ranks(adjoint_cases, size, 12)[0]:
+    for left, right, scale, tolerance in run_ranks(adjoint_cases, size, 16)[0]:
         assert abs(left - right) <= tolerance * scale
         num_something += scale > 0
     assert num_something > 5
 
 
-def count_traffic(world: Communicator) -> Traffic:
-    """Rank 0 has 5 rows, 2 of them not drawn; both ranks get all of them, rank 1 owns nothing."""
-    splats = random_splats(5 if world.rank == 0 else 0, np.random.default_rng(0), torch.float32)
-    splats.rows[:, 9] = torch.tensor([1.0, 0, 1, 0, 1])[: len(splats)]
-    everything = torch.arange(len(splats))
-    plan = ExchangePlan.for_selections(world, [[everything], [everything]], splats.rows[:, 9] != 0, largest_side=100)
-    plan.backward(torch.zeros(len(plan.forward(splats)), 10))
-    return plan.traffic()
-
-
-def test_bytes_are_counted() -> None:
-    owner, other = run_ranks(count_traffic, 2)
-    assert owner == Traffic(
-        copies=10, own_copies=5, forward_bytes=5 * 56, backward_bytes=3 * 40 + 2 * 4, count_bytes=16
-    )
-    assert owner.grendel_bytes == 10 * 88
-    assert (other.copies, other.forward_bytes, other.backward_bytes) == (0, 0, 0)
+@pytest.mark.gpu
+def test_the_exchange_between_gpus() -> None:
+    """Law 4 over nccl, without a wait in forward and backward."""
+    size = min(torch.cuda.device_count(), 4)
+    if size < 2:
+        pytest.skip(f"needs two GPUs, found {size}")
+    for left, right, scale, tolerance in run_ranks(adjoint_cases, size, 16, device_type="cuda", seconds=120.0)[0]:
+        assert abs(left - right) <= tolerance * scale
 
 
 def test_one_rank_gets_the_very_tensors_back() -> None:
-    splats = random_splats(4, np.random.default_rng(0), torch.float32)
+    splats = random_splats([4], np.random.default_rng(0), torch.float32)
     partition = PixelPartition.of_whole_views([40], [0], 1)
-    plan = ExchangePlan.for_partition(Communicator(), splats, partition, largest_side=40)
+    plan = ExchangePlan.for_partition(Communicator(), splats, partition, sizes=[(40, 40)])
     assert plan.forward(splats) is splats
     gradient = torch.ones(4, 10)
     assert plan.backward(gradient) is gradient
@@ -153,30 +184,46 @@ def test_one_rank_gets_the_very_tensors_back() -> None:
 
 
 def test_evaluation_leaves_out_what_is_not_drawn() -> None:
-    splats = random_splats(6, np.random.default_rng(0), torch.float32)
+    splats = random_splats([6], np.random.default_rng(0), torch.float32)
     splats.boxes[:] = torch.tensor([0, 0, 9, 9], dtype=torch.int32)
+    splats.rows[:, 5] = 0.5
     splats.rows[:, 9] = torch.tensor([1.0, 0, 1, 0, 1, 1])
     partition = PixelPartition.of_whole_views([40], [0], 1)
     keep = splats.rows[:, 9] != 0
-    plan = ExchangePlan.for_partition(Communicator(), splats, partition, largest_side=40, keep=keep)
+    plan = ExchangePlan.for_partition(Communicator(), splats, partition, keep=keep)
     assert torch.equal(plan.forward(splats).rows, splats.rows[keep])
     assert torch.equal(plan.backward(torch.ones(4, 10))[:, 0], keep.float())
 
 
 def test_rows_go_where_their_boxes_reach_the_halo() -> None:
-    splats = random_splats(4, np.random.default_rng(0), torch.float32)
+    splats = random_splats([4], np.random.default_rng(0), torch.float32)
     splats.boxes = torch.tensor([[0, 0, 9, 27], [0, 27, 9, 28], [0, 37, 9, 38], [0, 36, 9, 37]], dtype=torch.int32)
+    splats.rows[:, 5], splats.rows[:, 9] = 0.5, 1
     partition = PixelPartition((48,), ((Region(0, 0, 2),), (Region(0, 2, 3),)))  # drawn rows: 0..37 and 27..48
     chosen = select_rows(splats, partition)
-    assert [rows.tolist() for regions in chosen for rows in regions] == [[0, 1, 3], [1, 2, 3]]
+    assert chosen.counts.tolist() == [3, 0, 0, 3, 0, 0]
+    assert chosen.rows[:6].tolist() == [0, 1, 3, 1, 2, 3]
+
+
+def test_rows_beyond_what_a_view_fills_stay() -> None:
+    """A body may leave room behind the rows of each view; what is there means nothing."""
+    splats = random_splats([4, 4], np.random.default_rng(0), torch.float32)
+    splats.boxes[:] = torch.tensor([0, 0, 9, 9], dtype=torch.int32)
+    splats.rows[:, 5], splats.rows[:, 9] = 0.5, 1
+    splats.counts = torch.tensor([3, 1], dtype=torch.int32)
+    chosen = select_rows(splats, PixelPartition.of_whole_views([40, 40], [1, 0], 2))
+    assert chosen.counts.tolist() == [1, 0, 0, 3, 0, 0]
+    assert chosen.rows[:4].tolist() == [4, 0, 1, 2]
 
 
 # One whole step: project, exchange, rasterize, loss, and back.
 
 
 def scene_of(num_views: int, dtype: torch.dtype) -> tuple[Gaussians, Views, torch.Tensor, list[torch.Tensor]]:
-    """Views of two sizes, masks 0 or 1, photos."""
+    """Views of two sizes, masks 0 or 1, photos. Some Gaussians are capped, some tie in depth across ranks."""
     gaussians, views, masks = random_scene(30, (40, 52), num_views=num_views, dtype=dtype, sh_degree=1)
+    gaussians.opacities[:8] = 6.0
+    gaussians.means[1::4] = gaussians.means[::4][: len(gaussians.means[1::4])]
     sizes = tuple((40, 52) if view % 2 == 0 else (33, 41) for view in range(num_views))
     rng = np.random.default_rng(5)
     photos = [torch.from_numpy(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sizes]
@@ -195,10 +242,11 @@ def gradients_of(world: Communicator, partition: PixelPartition, dtype: torch.dt
         mine |= ids % 5 == 0  # shards of very different sizes
     shard = Gaussians(*(values[mine] for values in vars(gaussians).values()))
     settings = ProjectionSettings(sh_degree=1)
-    splats = body.project(shard, views, settings, masks=masks[mine], ids=ids[mine])
-    plan = ExchangePlan.for_partition(world, splats, partition, largest_side=52)
+    order = order_numbers(1000 * ids[mine] ** 5, world)
+    splats = body.project(shard, views, settings, masks=masks[mine], ids=order.numbers)
+    plan = ExchangePlan.for_partition(world, splats, partition, sizes=views.sizes, id_bound=order.bound)
     received = plan.forward(splats)
-    d_received, loss = torch.zeros_like(received.rows), 0.0
+    d_received, loss = torch.zeros_like(received.rows), torch.zeros((), dtype=torch.float64)
     for number, region in enumerate(partition.regions[world.rank]):
         width, height = views.sizes[region.view]
         (own_start, own_stop), drawn = region.own_rows(height), region.drawn_rows(height)
@@ -209,7 +257,7 @@ def gradients_of(world: Communicator, partition: PixelPartition, dtype: torch.dt
         body.rasterize_backward(received, frame, part.d_rgb, d_received)
         loss += 0.8 * part.l1 - 0.2 * part.ssim
     gradients = body.project_backward(shard, views, settings, splats, plan.backward(d_received))
-    total = world.sum(torch.tensor(loss, dtype=torch.float64))
+    total = world.sum(loss)
     flat = torch.cat([values.reshape(len(shard), -1) for values in gradients], dim=1)
     return ids[mine].numpy(), flat.detach().numpy(), float(total)
 
