@@ -15,6 +15,7 @@ from launch.training import Training
 from masksplat.types import ProjectionSettings
 from scene.cameras import Camera
 from scene.device_images import DeviceImages
+from scene.images import on_background
 from strategies.schedule import Window
 
 NUM_TRAIN_VIEWS = 5
@@ -71,7 +72,8 @@ def _measure(
         )
         if rgb is not None:
             mine = first + ranks.rank
-            numbers[mine] = _compare(to_8bit(rgb), photos.fetch(indices[mine]))
+            photo = on_background(photos.fetch(indices[mine]), training.background())
+            numbers[mine] = _compare(to_8bit(rgb), photo)
     mean_psnr, mean_ssim, mean_l1 = ranks.sum(numbers).mean(0).tolist()  # all ranks
     return Measured(split, mean_psnr, mean_ssim, mean_l1, int(training.total(len(shard.ids))[0]))
 

@@ -12,8 +12,7 @@ import dataclasses
 from launch.flag import flag
 
 ALL_ROWS = "every Gaussian of a checkpoint is loaded once; leave the flag out"
-ONE_PROCESS = "it concerns several processes, and this version trains in one"
-NO_GPU_MEMORY = "this version draws on the CPU; host memory is in metrics.jsonl"
+ALWAYS_SPREAD = "they are always spread over the processes that there are"
 NO_SOCKET = "there is no viewer socket in the training loop; open the saved ply in any 3DGS viewer"
 
 
@@ -36,23 +35,29 @@ class CheckpointFlags:
 class DistributionConfig:
     """Several processes: how Gaussians, pixels and images are spread."""
 
-    image_distribution: bool = flag(True, source="Grendel", inert=ONE_PROCESS)
+    image_distribution: bool = flag(True, source="Grendel", inert=ALWAYS_SPREAD)
     """Spreads the pixels over processes."""
     image_distribution_mode: str = flag(
         "final", source="Grendel", refused="only the mode 'final' was ever connected to Grendel-GS's training, too"
     )
     """Grendel-GS's numbered experiments with pixel partitions."""
-    heuristic_decay: float = flag(0.0, source="Grendel", inert=ONE_PROCESS)
+    heuristic_decay: float = flag(
+        0.0, source="Grendel", inert="costs are counted, not timed: the newest count is right"
+    )
     """Weight of the old load estimate."""
     no_heuristics_update: bool = flag(False, source="Grendel")
     """Shares pixels out by their number alone, not by what they cost before."""
-    border_divpos_coeff: float = flag(1.0, source="Grendel", inert=ONE_PROCESS)
+    border_divpos_coeff: float = flag(
+        1.0, source="Grendel", inert="a cut moves to the border of an image when that unbalances by one percent at most"
+    )
     """Tile rows within which a cut snaps to an image border."""
-    adjust_strategy_warmp_iterations: int = flag(-1, source="Grendel", unit="images", inert=ONE_PROCESS)
+    adjust_strategy_warmp_iterations: int = flag(
+        -1, source="Grendel", unit="images", inert="what a view costs is known from the step after next on"
+    )
     """Images before the partition adapts (the spelling is Grendel-GS's)."""
     save_strategy_history: bool = flag(False, source="Grendel")
     """Writes strategy_history.jsonl: for each step who drew what, on which estimate, and what it cost."""
-    gaussians_distribution: bool = flag(True, source="Grendel", inert=ONE_PROCESS)
+    gaussians_distribution: bool = flag(True, source="Grendel", inert=ALWAYS_SPREAD)
     """Spreads the Gaussians over processes."""
     redistribute_gaussians_mode: str = flag(
         "morton", source="Grendel", choices=("morton", "random_redistribute", "round_robin", "no_redistribute")
@@ -67,8 +72,9 @@ class DistributionConfig:
     """Gradient exchange of replicated Gaussians."""
     grad_normalization_mode: str = flag("none", source="Grendel", inert="it belongs to dead code of Grendel-GS")
     """Gradient weights of replicated Gaussians."""
-    distributed_dataset_storage: bool = flag(True, source="Grendel", inert=ONE_PROCESS)
-    """Keeps images once per machine."""
+    distributed_dataset_storage: bool = flag(True, source="Grendel")
+    """Keeps decoded images once per machine, in memory that its processes share; otherwise each process keeps its
+    own."""
     distributed_save: bool = flag(
         True, source="Grendel", inert="the model is always saved as one merged ply, which every viewer opens"
     )
@@ -89,19 +95,20 @@ class DistributionConfig:
 class BenchmarkConfig:
     """Time and memory measurements of Grendel-GS."""
 
-    enable_timer: bool = flag(
-        False, source="Grendel", inert="the time of every phase is always measured and written to metrics.jsonl"
-    )
-    """Times of the phases of a step."""
+    enable_timer: bool = flag(False, source="Grendel")
+    """Writes the times of the phases of every process to MODEL/ranks; those of the first are always in
+    metrics.jsonl."""
     end2end_time: bool = flag(True, source="Grendel", inert="total time and images/s are always measured")
     """Total time."""
     zhx_time: bool = flag(False, source="Grendel", inert="there are no CUDA kernels to time")
     """Times of the CUDA kernels."""
-    check_gpu_memory: bool = flag(False, source="Grendel", inert=NO_GPU_MEMORY)
-    """Logs GPU memory."""
-    check_cpu_memory: bool = flag(False, source="Grendel", inert="host memory is always written to metrics.jsonl")
-    """Logs host memory."""
-    log_memory_summary: bool = flag(False, source="Grendel", inert=NO_GPU_MEMORY)
+    check_gpu_memory: bool = flag(False, source="Grendel")
+    """Writes the GPU memory of every process to metrics.jsonl and MODEL/ranks."""
+    check_cpu_memory: bool = flag(False, source="Grendel")
+    """Writes the host memory of every process to metrics.jsonl and MODEL/ranks; the first one's is always there."""
+    log_memory_summary: bool = flag(
+        False, source="Grendel", inert="--check_gpu_memory logs the memory of every process"
+    )
     """Logs the CUDA allocator's summary."""
 
 

@@ -28,10 +28,11 @@ from masksplat.types import AdamStep, ProjectionSettings
 from scene.cameras import Camera
 from scene.checkpoint import Checkpoint
 from scene.dataset import Scene, SceneOptions, load_scene
-from scene.device_images import DeviceImages
+from scene.device_images import DeviceImages, PixelSource
 from scene.errors import InputError
 from scene.gaussians import GaussianTable
-from scene.images import ImageStore
+from scene.images import ImageStore, on_background
+from scene.node_images import NodeImages
 from scene.points import initial_gaussians
 from scene.sampler import ViewSampler
 from strategies.base import CombinedStrategy
@@ -103,14 +104,15 @@ class Training:
         views, partition = self.pixels.views(step), self.pixels.partition(step)
         if self.config.debug.check_agreement:
             self._check_agreement(step, views)
+        backgrounds = [self.background(step, k) for k in range(len(views))]
         photos = []
         for region in partition.regions[self.communicator.rank]:
             height = partition.heights[region.view]
             rows = region.drawn_rows(height)
             is_whole = rows == (0, height)  # whole photos may stay on the device, strips do not
-            photos.append(self.photos.fetch(views[region.view], *(() if is_whole else rows)))
+            pixels = self.photos.fetch(views[region.view], *(() if is_whole else rows))
+            photos.append(on_background(pixels, backgrounds[region.view]))
         self._prefetch(step + 1)
-        backgrounds = [self.background(step, k) for k in range(len(views))]
         return Batch([self.scene.train[view] for view in views], backgrounds, partition, photos)
 
     def _prefetch(self, step: int) -> None:
@@ -275,24 +277,40 @@ def open_all_photos(
 
     Raises: InputError, PeerError as `build_training`.
     """
-    with communicator.all_or_none(InputError):
-        photos = open_photos(config, scene.train, communicator, show_progress=show_progress)
-        test = open_photos(config, scene.test, communicator, show_progress=show_progress) if scene.test else None
-    return photos, test
+    white = float(config.model.white_background)
+    fixed = (white, white, white)
+    background = None if config.optimization.random_background else fixed
+    photos = open_photos(config, scene.train, communicator, background, show_progress=show_progress)
+    if not scene.test:
+        return photos, None
+    return photos, open_photos(config, scene.test, communicator, fixed, show_progress=show_progress)
 
 
 def open_photos(
-    config: TrainConfig, cameras: Sequence[Camera], communicator: Communicator, *, show_progress: bool
+    config: TrainConfig,
+    cameras: Sequence[Camera],
+    communicator: Communicator,
+    background: tuple[float, float, float] | None,
+    *,
+    show_progress: bool,
 ) -> DeviceImages:
-    """The photos of some cameras, decoded as far as this process's part of the memory for them goes."""
-    store = ImageStore(
-        cameras,
-        background=(float(config.model.white_background),) * 3,
-        byte_budget=int(config.pipeline.image_cache_gb * (1 << 30)) // communicator.local_size,
-        num_threads=threads_per_rank(config.pipeline.threads, communicator),
-    )
-    store.preload(show_progress)
-    return DeviceImages(store, communicator.device, byte_budget=device_budget(config, cameras, communicator.device))
+    """The photos of some cameras, decoded as far as the memory for them goes. All ranks.
+
+    Several processes of one machine share that memory, unless --no_distributed_dataset_storage gives each its own part.
+    """
+    ranks, budget = communicator, int(config.pipeline.image_cache_gb * (1 << 30))
+    threads = threads_per_rank(config.pipeline.threads, ranks)
+    store: PixelSource
+    if ranks.local_size > 1 and config.distribution.distributed_dataset_storage:
+        store = NodeImages(
+            cameras, ranks, background=background, byte_budget=budget, num_threads=threads, progress=show_progress
+        )
+    else:
+        own = ImageStore(cameras, background=background, byte_budget=budget // ranks.local_size, num_threads=threads)
+        with ranks.all_or_none(InputError):
+            own.preload(show_progress)
+        store = own
+    return DeviceImages(store, ranks.device, byte_budget=device_budget(config, cameras, ranks.device))
 
 
 def device_budget(config: TrainConfig, cameras: Sequence[Camera], device: torch.device) -> int:

@@ -46,7 +46,7 @@ def parse_once(
 
 
 def device_type_of(backend: str) -> str:
-    """ "cuda" or "cpu": where --backend draws. diff and default mean a CUDA device when there is one."""
+    """Where --backend draws, "cuda" or "cpu"; diff and default mean a CUDA device when there is one."""
     if backend in DEVICE_BACKENDS:
         return "cuda"
     is_free = backend in ("diff", "default", "auto")
