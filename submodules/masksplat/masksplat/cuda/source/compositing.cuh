@@ -103,17 +103,6 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 #endif
 }
 
-// For arguments that are far from denormal.
-__device__ __forceinline__ float reciprocal_approximate(float x) {
-#ifndef EMULATED
-    float result;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
-#else
-    return 1.0f / x;
-#endif
-}
-
 // Opacity times exp(power), not capped: the one expression that every kernel evaluates, with every rounding spelled out,
 // so that all of them skip, cap and end at the same pairs.
 __device__ __forceinline__ float uncapped_alpha(const Splat& s, float dx, float dy) {
@@ -127,11 +116,15 @@ __device__ __forceinline__ float light_behind(float light, float effective) {
     return __fmaf_rn(-light, effective, light);
 }
 
+// mask alpha of a pair, 0 when it is skipped.
+__device__ __forceinline__ float effective_alpha(float uncapped, float mask) {
+    const float alpha = uncapped >= ALPHA_MIN ? fminf(uncapped, ALPHA_MAX) : 0.0f;
+    return __fmul_rn(mask, alpha);
+}
+
 // One pixel passes one splat: returns the weight mask alpha T, 0 for a pair that is skipped, and updates the light.
 // The pixel ends before the splat that would bring T below 1e-4; an ended pixel, or one outside, has light <= 0: -T.
-__device__ __forceinline__ float advance(float& light, float uncapped, float mask) {
-    const float alpha = uncapped >= ALPHA_MIN ? fminf(uncapped, ALPHA_MAX) : 0.0f;
-    const float effective = __fmul_rn(mask, alpha);
+__device__ __forceinline__ float advance(float& light, float effective) {
     const float after = light_behind(light, effective);
     const bool is_lit = after >= TRANSMITTANCE_MIN;
     const float weight = is_lit ? light * effective : 0.0f;

@@ -20,6 +20,28 @@ constexpr float FOOTPRINT_WORST_RATIO = 1e6f;      // of a c to D: beyond it the
 constexpr float LOG2_OF_255 = 7.994353436858858f;
 constexpr float TWO_LN_2 = 1.3862943611198906f;
 
+// Good to 2 ulp for arguments that are far from denormal.
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+#ifndef EMULATED
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#else
+    return 1.0f / x;
+#endif
+}
+
+// Good to 1 ulp, 0 for 0.
+__device__ __forceinline__ float root_approximate(float x) {
+#ifndef EMULATED
+    float result;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#else
+    return sqrtf(x);
+#endif
+}
+
 struct Footprint {
     float at, det, b, inverse_a;   // at = a t
     float dy_max, dy_star;         // dy_max < 0: not usable, the splat's box alone bounds it
@@ -40,15 +62,16 @@ __device__ __forceinline__ Footprint make_footprint(float a, float b, float c, f
     Footprint f;
     f.det = conic_determinant(a, b, c);
     f.b = b;
-    f.inverse_a = 1.0f / a;
+    f.inverse_a = reciprocal_approximate(a);
     f.dy_max = -1.0f;
     f.at = f.dy_star = 0.0f;
     const float t = TWO_LN_2 * (log_opacity + LOG2_OF_255);
     if (t > -FOOTPRINT_MARGIN && a > 0.0f && c > 0.0f && f.det * FOOTPRINT_WORST_RATIO > a * c) {
-        const float raised = fmaxf(t, 0.0f) * (1.0f + FOOTPRINT_ROUNDING * (a * c / f.det)) + FOOTPRINT_MARGIN;
+        const float inverse_det = reciprocal_approximate(f.det);
+        const float raised = fmaxf(t, 0.0f) * (1.0f + FOOTPRINT_ROUNDING * (a * c * inverse_det)) + FOOTPRINT_MARGIN;
         f.at = a * raised;
-        f.dy_max = sqrtf(f.at / f.det);
-        f.dy_star = -b * sqrtf(raised / (c * f.det));
+        f.dy_max = root_approximate(f.at * inverse_det);
+        f.dy_star = -b * root_approximate(raised * inverse_det * reciprocal_approximate(c));
     }
     return f;
 }
@@ -62,8 +85,8 @@ __device__ __forceinline__ Span span_of_band(const Footprint& f, float low, floa
     if (low > high) return {1.0f, 0.0f};
     const float right_dy = fminf(fmaxf(f.dy_star, low), high);
     const float left_dy = fminf(fmaxf(-f.dy_star, low), high);
-    const float right_root = sqrtf(fmaxf(0.0f, f.at - f.det * right_dy * right_dy));
-    const float left_root = sqrtf(fmaxf(0.0f, f.at - f.det * left_dy * left_dy));
+    const float right_root = root_approximate(fmaxf(0.0f, f.at - f.det * right_dy * right_dy));
+    const float left_root = root_approximate(fmaxf(0.0f, f.at - f.det * left_dy * left_dy));
     const float right_shift = f.b * right_dy, left_shift = f.b * left_dy;
     const float right_slack = FOOTPRINT_SPAN_ROUNDING * (right_root + fabsf(right_shift));
     const float left_slack = FOOTPRINT_SPAN_ROUNDING * (left_root + fabsf(left_shift));

@@ -20,6 +20,7 @@
 
 constexpr int THREADS = TILE_PIXELS;
 constexpr int BATCH = THREADS;
+constexpr int BLOCKS_PER_SM = 4;                // leaves 64 registers to a thread
 constexpr unsigned SAMPLED_BIT = 1u << SUBTILES;
 constexpr int STATUS_BUCKETS = 2;               // status word: buckets that would have been needed (maximum)
 
@@ -40,31 +41,47 @@ struct Pixel {
     float red, green, blue;
 };
 
-// Composite the splats `sampled` (a bit each) of a group of staged ones.
-__device__ __forceinline__ void composite_group(const float4* staged, unsigned sampled, Pixel& pixel) {
-    for (; sampled != 0; sampled &= sampled - 1) {
+// Composite the first NUM of the splats `sampled` (a bit each), which are taken off. The alphas of several do not wait
+// for each other; only the light does.
+template <int NUM>
+__device__ __forceinline__ void composite(const float4* staged, unsigned& sampled, Pixel& pixel) {
+    float effective[NUM], red[NUM], green[NUM], blue[NUM];
+#pragma unroll
+    for (int k = 0; k < NUM; ++k) {
         const Splat splat = staged_splat(staged + (__ffs(sampled) - 1) * (SPLAT_FLOATS / 4));
-        const float uncapped = uncapped_alpha(splat, pixel.x - splat.x, pixel.y - splat.y);
-        const float weight = advance(pixel.light, uncapped, splat.mask);
-        pixel.red += weight * splat.red;
-        pixel.green += weight * splat.green;
-        pixel.blue += weight * splat.blue;
+        sampled &= sampled - 1;
+        effective[k] = effective_alpha(uncapped_alpha(splat, pixel.x - splat.x, pixel.y - splat.y), splat.mask);
+        red[k] = splat.red;
+        green[k] = splat.green;
+        blue[k] = splat.blue;
+    }
+#pragma unroll
+    for (int k = 0; k < NUM; ++k) {
+        const float weight = advance(pixel.light, effective[k]);
+        pixel.red += weight * red[k];
+        pixel.green += weight * green[k];
+        pixel.blue += weight * blue[k];
     }
 }
 
-// Places for the buckets of a batch; -1 when there is no room, or nothing is to be saved. One thread calls it.
-__device__ __forceinline__ int reserve_buckets(const Saved& saved, int count) {
-    if (saved.counter == nullptr) return -1;
-    const int first = atomicAdd(saved.counter, count);
+// Composite all the splats `sampled` of a group of staged ones; returns how many.
+__device__ __forceinline__ int composite_group(const float4* staged, unsigned sampled, Pixel& pixel) {
+    const int count = __popc(sampled);
+    for (int left = count; left >= 4; left -= 4) composite<4>(staged, sampled, pixel);
+    if ((count & 2) != 0) composite<2>(staged, sampled, pixel);
+    if ((count & 1) != 0) composite<1>(staged, sampled, pixel);
+    return count;
+}
+
+// The `count` places from `first` on, reserved for the buckets of a batch; -1 when that is too many.
+__device__ __forceinline__ int checked_places(const Saved& saved, int first, int count) {
     if (first + count <= saved.capacity) return first;
     atomicMax(saved.status + STATUS_BUCKETS, first + count);
     saved.status[STATUS_OVERFLOW] = 1;
-    // The backward must not take what lies in the rest of the buffer for buckets.
-    for (int index = first; index < saved.capacity; ++index) saved.buckets[index] = make_int2(-1, 0);
     return -1;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 forward_tiles(const float* __restrict__ rows, const int2* __restrict__ ranges, const int* __restrict__ list_rows,
               int first_row, int last_row, int columns, int width, const float* __restrict__ background,
               float* __restrict__ rgb, float* __restrict__ transmittance, unsigned long long* pairs,
@@ -89,7 +106,8 @@ forward_tiles(const float* __restrict__ rows, const int2* __restrict__ ranges, c
     for (; start < range.y; start += BATCH) {
         if (__syncthreads_and(pixel.light <= 0.0f)) break;
         const int count = min(BATCH, range.y - start), num_buckets = divide_up(count, BUCKET);
-        if (thread == 0) first_bucket = reserve_buckets(saved, num_buckets);
+        // Answered while the batch is staged.
+        const int reserved = thread == 0 && saved.counter != nullptr ? atomicAdd(saved.counter, num_buckets) : 0;
         unsigned bits = 0;
         if (thread < count) {
             const Splat splat = splat_of(row);
@@ -99,6 +117,7 @@ forward_tiles(const float* __restrict__ rows, const int2* __restrict__ ranges, c
             bits |= splat.mask != 0.0f ? SAMPLED_BIT : 0;
         }
         staged_bits[thread] = static_cast<unsigned short>(bits);
+        if (thread == 0) first_bucket = saved.counter != nullptr ? checked_places(saved, reserved, num_buckets) : -1;
         __syncthreads();
         // The next batch's rows are on their way while this one is composited.
         if (next >= 0) row = load_row(rows, next);
@@ -121,8 +140,7 @@ forward_tiles(const float* __restrict__ rows, const int2* __restrict__ ranges, c
                         make_float4(pixel.light, pixel.red, pixel.green, pixel.blue);
                 }
             }
-            composite_group(of_group, sampled, pixel);
-            num_evaluated += __popc(sampled);
+            num_evaluated += composite_group(of_group, sampled, pixel);
         }
         if (bucket >= 0 && lane < num_buckets) saved.alive[(bucket + lane) * SUBTILES + warp] = alive_of_lane;
     }

@@ -63,7 +63,7 @@ struct Pair {
 __device__ __forceinline__ Pair differentiate(const Splat& splat, float dx, float dy, float& light, Gradient& g) {
     const float uncapped = uncapped_alpha(splat, dx, dy);
     const float alpha = uncapped >= ALPHA_MIN ? fminf(uncapped, ALPHA_MAX) : 0.0f;
-    const float effective = __fmul_rn(splat.mask, alpha);
+    const float effective = effective_alpha(uncapped, splat.mask);
     const float after = light_behind(light, effective);
     const bool is_lit = after >= TRANSMITTANCE_MIN;
     const float g_colour = g.red * splat.red + g.green * splat.green + g.blue * splat.blue;

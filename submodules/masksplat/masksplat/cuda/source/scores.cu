@@ -43,7 +43,7 @@ score_tiles(const float* __restrict__ rows, const int2* __restrict__ ranges, con
                 const int k = group + __ffs(here) - 1;
                 const Splat splat = staged_splat(staged + k * (SPLAT_FLOATS / 4));
                 const float uncapped = uncapped_alpha(splat, x + 0.5f - splat.x, y + 0.5f - splat.y);
-                const float weight = advance(light, uncapped, splat.mask);
+                const float weight = advance(light, effective_alpha(uncapped, splat.mask));
                 const float largest = warp_max(weight), sum = warp_sum(weight);
                 if (lane == 0) partial[warp][k] = make_float2(largest, sum);
             }
