@@ -121,6 +121,14 @@ def test_a_file_is_compiled_and_loaded_once(device: DeviceLauncher, core: FakeCo
     assert core.loaded == ["probe"] and len(list((folder / "cache").iterdir())) == 1
 
 
+def test_launch_shapes_are_remembered_up_to_a_bound(device: DeviceLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_CONFIGS", 10)
+    for grid in [*range(1, 26), *range(1, 26)]:
+        device("probe.fill", grid, 32, *arguments())
+        assert 1 <= len(device._configs) <= 10
+        assert device._configs[grid, 32, 0] == {"grid": grid, "block": 32, "shmem_size": 0}
+
+
 def test_the_current_stream_is_taken_at_each_launch(
     device: DeviceLauncher, core: FakeCore, torch_state: SimpleNamespace
 ) -> None:

@@ -32,6 +32,9 @@ Argument = Tensor | np.generic | None
 FREE_SHARED_BYTES = 48 * 1024
 """Dynamic shared memory of a block that needs no permission."""
 
+MOST_CONFIGS = 4096
+"""Launch shapes that a launcher remembers; grids follow the number of Gaussians, which changes."""
+
 
 class Launcher(Protocol):
     """Starts kernels that work on tensors of `device`."""
@@ -78,20 +81,19 @@ class DeviceLauncher:
         self.architecture = architecture_name(torch.cuda.get_device_capability(self.device))
         self.cache = KernelCache(cache, sources=sources)
         self._modules: dict[str, Any] = {}
-        self._kernels: dict[str, Any] = {}
-        self._num_arguments: dict[str, int] = {}
+        self._kernels: dict[str, tuple[Any, int]] = {}  # and how many arguments each takes
+        self._configs: dict[tuple[Extent, Extent, int], Any] = {}
         self._shared_limits: dict[str, int] = {}
         self._streams: dict[int, Any] = {0: self._core.LEGACY_DEFAULT_STREAM}
         self._ready_threads: set[int] = set()
         self._launch = self._core.launch
-        self._config = self._core.LaunchConfig
         self._stream_handle, self._current_device = _stream_functions()
 
     def __call__(self, kernel: str, grid: Extent, block: Extent, *arguments: Argument, shared_bytes: int = 0) -> None:
         """Queue a kernel on torch's current stream of the device; see `Launcher`."""
         if grid == 0 or (grid.__class__ is tuple and 0 in grid):
             return
-        loaded = self._kernels.get(kernel) or self.load(kernel)
+        loaded, num_arguments = self._kernels.get(kernel) or self.load(kernel)
         if shared_bytes > FREE_SHARED_BYTES and shared_bytes > self._shared_limits.get(kernel, 0):
             self._raise_shared_limit(kernel, shared_bytes)
         index = self._index
@@ -107,17 +109,17 @@ class DeviceLauncher:
                 values.append(argument)
             else:
                 raise ValueError(f"{kernel}: {argument!r} is neither a tensor nor None nor a numpy scalar")
-        if len(values) != self._num_arguments[kernel]:
-            raise ValueError(f"{kernel} takes {self._num_arguments[kernel]} arguments and was given {len(values)}")
-        config = self._config(grid=grid, block=block, shmem_size=shared_bytes)
+        if len(values) != num_arguments:
+            raise ValueError(f"{kernel} takes {num_arguments} arguments and was given {len(values)}")
+        config = self._configs.get((grid, block, shared_bytes)) or self._make_config(grid, block, shared_bytes)
         if self._current_device() == index and threading.get_ident() in self._ready_threads:
             handle = self._stream_handle(index)
             self._launch(self._streams.get(handle) or self._borrow_stream(handle), config, loaded, *values)
         else:
             self._launch_elsewhere(config, loaded, values)
 
-    def load(self, kernel: str) -> Any:
-        """Compile the kernel's file (or read it from the cache) and return the cuda.core kernel.
+    def load(self, kernel: str) -> tuple[Any, int]:
+        """Compile the kernel's file (or read it from the cache); return cuda.core's kernel and how much it takes.
 
         Raises:
             ValueError: when there is no such kernel.
@@ -131,9 +133,15 @@ class DeviceLauncher:
         with torch.cuda.device(self.device):
             self._core.Device(self._index).set_current()
             loaded = self._modules[file].get_kernel(function)
-            self._num_arguments[kernel] = loaded.num_arguments
-        self._kernels[kernel] = loaded
-        return loaded
+            self._kernels[kernel] = (loaded, loaded.num_arguments)
+        return self._kernels[kernel]
+
+    def _make_config(self, grid: Extent, block: Extent, shared_bytes: int) -> Any:
+        if len(self._configs) >= MOST_CONFIGS:
+            self._configs.clear()
+        config = self._core.LaunchConfig(grid=grid, block=block, shmem_size=shared_bytes)
+        self._configs[grid, block, shared_bytes] = config
+        return config
 
     def _refusal(self, kernel: str, tensor: Tensor) -> ValueError:
         return ValueError(
@@ -156,7 +164,7 @@ class DeviceLauncher:
     def _raise_shared_limit(self, kernel: str, shared_bytes: int) -> None:
         driver = importlib.import_module("cuda.bindings.driver")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        handle, device = self._kernels[kernel].handle, driver.CUdevice(self._index)
+        handle, device = self._kernels[kernel][0].handle, driver.CUdevice(self._index)
         (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, handle, device)
         if int(status) != 0:
             raise CudaUnavailableError(
