@@ -34,7 +34,7 @@ from launch.flag_groups_process import (
 )
 from launch.parser import Flag, build_parser, check_value, flags_of, notices_of, parse_given
 from launch.presets import setting_values
-from launch.prune_checks import check_pruning, flags_without_method, scaled_schedules
+from launch.prune_checks import check_pruning, flags_without_method, scaled_schedules, window_values
 from scene.errors import InputError
 from scene.model_folder import ModelFolder, default_model_path
 
@@ -113,7 +113,7 @@ def parse_train(arguments: Sequence[str], environment: Mapping[str, str] = os.en
     """
     flags = train_flags()
     given = parse_given(build_parser("train.py", TRAIN_SUMMARY, flags), flags, arguments)
-    values = {**_preset(given), **finetune_values(given), **given}
+    values = {**_preset(given), **window_values(given), **finetune_values(given), **given}
     values.update(scaled_schedules(values, given))
     notices = notices_of(flags, given)
     if "source_path" not in given and not values.get("doctor"):

@@ -192,7 +192,8 @@ class MaskFlags:
     """The paper's presets of the mask loss: alpha (0.1, iterations 19000-20000: quality), beta (0.0005, 0-30000),
     gamma (0.001, 0-30000: smallest). Flags given beside it win."""
     lambda_mask: float = flag(5e-4, source="MaskGaussian", minimum=0.0)
-    """Weight of the squared mean of all masks in the loss (LP-3DGS, Compact-3DGS: of the mean): larger prunes more."""
+    """Weight of the squared mean of all masks in the loss: larger prunes more. compact_3dgs: of the mean, also 0.0005;
+    LP-3DGS's learned mask: of the mean, 0.02 unless given."""
     mask_from_iter: int = flag(0, source="MaskGaussian", minimum=0, unit="images")
     """First iteration of the mask loss; after densification also the first of the mask prunes."""
     mask_until_iter: int = flag(30_000, source="MaskGaussian", minimum=0, unit="images")

@@ -14,6 +14,10 @@ from scene.errors import InputError
 
 SCORES = ("rad_splat", "mini_splatting")
 USUAL_LENGTH = 30_000
+WINDOW_LAMBDA = 0.02
+"""--lambda_mask where a mask is learned in a window. A Gaussian goes when the images lose less than this, divided by the
+number of Gaussians, by its factor (docs/log.md)."""
+
 SHORTEST_TARGET = 20
 """Iterations after densification that a target size needs at least."""
 
@@ -38,6 +42,17 @@ TARGET_FLAGS = frozenset({"target_gaussians", "target_mb"})
 ALWAYS_READ = frozenset(
     {"prune_method", "scale_schedules", "prune_finetune", "start_pointcloud", "use_importance_mask"}
 )
+
+
+def window_values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The weight of the loss of a mask that is learned in a window, by flag name; nothing for other methods.
+
+    The published 5e-4 belongs to the published arithmetic (--lp_compat).
+    """
+    is_window = given.get("use_importance_mask") or given.get("mask_estimator") == "gumbel"
+    if given.get("prune_method") not in (*SCORES, "compact_3dgs") or not is_window or given.get("lp_compat"):
+        return {}
+    return {"lambda_mask": WINDOW_LAMBDA}
 
 
 def scaled_schedules(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

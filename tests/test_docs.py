@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from launch.cli import metrics_flags, parse_metrics, parse_train, render_flags, train_flags
-from scene.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").glob("**/*.md"))))
@@ -126,27 +125,17 @@ def test_each_check_catches(check: Check, text: str) -> None:
     assert check(text, "README.md")
 
 
-def commands_of_the_readme(script: str, *, possible: bool = True) -> list[str]:
-    """What the README types, or says about predecessors' commands, that calls a script of ours.
-
-    possible: False gives the commands in rows that are marked "not yet".
-    """
+def commands_of_the_readme(script: str) -> list[str]:
+    """What the README types, or says about predecessors' commands, that calls a script of ours."""
     text = text_of("README.md")
-    rows = [line for line in text.splitlines() if line.startswith("|") and ("not yet" not in line) == possible]
-    spans = [span for row in rows for span in code_words(row)]
-    calls = [*spans, *(typed_lines(text) if possible else [])]
+    spans = [span for row in text.splitlines() if row.startswith("|") for span in code_words(row)]
+    calls = [*spans, *typed_lines(text)]
     return [call for call in calls if re.search(rf"(^|\s){re.escape(script)} -", call)]
 
 
 @pytest.mark.parametrize("command", commands_of_the_readme("train.py"))
 def test_training_commands_of_the_readme_are_understood(command: str) -> None:
     parse_train(shlex.split(command.partition("train.py")[2]), {})
-
-
-@pytest.mark.parametrize("command", commands_of_the_readme("train.py", possible=False))
-def test_training_commands_that_are_not_possible_yet_are_refused(command: str) -> None:
-    with pytest.raises(InputError, match="refused"):
-        parse_train(shlex.split(command.partition("train.py")[2]), {})
 
 
 @pytest.mark.parametrize("command", commands_of_the_readme("metrics.py"))
@@ -157,7 +146,6 @@ def test_measuring_commands_of_the_readme_are_understood(command: str) -> None:
 def test_the_readme_has_commands_to_check() -> None:
     assert len(commands_of_the_readme("train.py")) >= 8
     assert len(commands_of_the_readme("metrics.py")) >= 3
-    assert commands_of_the_readme("train.py", possible=False)
     assert {"make demo", "make test"} <= set(typed_lines(text_of("README.md")))
 
 

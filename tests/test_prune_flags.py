@@ -98,6 +98,15 @@ def test_schedules_follow_the_length_when_asked() -> None:
     assert parsed("--iterations 3000").density.densify_until_iter == 15_000
 
 
+def test_the_weight_of_a_window_has_a_value_of_its_own() -> None:
+    window = "--prune_method rad_splat --use_importance_mask"
+    assert parsed(window).mask.lambda_mask == parsed("--prune_method compact_3dgs --mask_est gumbel").mask.lambda_mask
+    assert parsed(window).mask.lambda_mask == 0.02
+    assert parsed(f"{window} --lambda_mask .3").mask.lambda_mask == 0.3
+    for other in (f"{window} --lp_compat", "--prune_method compact_3dgs", "", "--prune_method rad_splat"):
+        assert parsed(other).mask.lambda_mask == 5e-4
+
+
 def test_megabytes_are_bytes_of_the_ply() -> None:
     assert target_count(parsed("--target_mb 12.4")) == 50_000  # 62 numbers of 4 bytes
     assert target_count(parsed("--target_mb 1 --sh_degree 0")) == 14_705
