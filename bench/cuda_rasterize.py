@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from masksplat.cuda.launcher import Argument, DeviceLauncher, Extent
-from masksplat.cuda.rasterization import Rasterizer, TileLists
+from masksplat.cuda.rasterization import Rasterizer
+from masksplat.cuda.tile_lists import TileLists
 from masksplat.ops import get_body
 from masksplat.types import Frame, Gaussians, ProjectionSettings, Splats, Views
 
@@ -127,7 +128,7 @@ def median_milliseconds(call: Callable[[], object], repeats: int) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """What one frame asks for: V splats, I instances, processed buckets, evaluated pairs, passes by tile."""
+    """What one frame asks for: V splats, I instances, processed buckets, evaluated pairs."""
 
     splats: int
     instances: int
@@ -137,9 +138,9 @@ class Work:
     @classmethod
     def of(cls, frame: Frame) -> Work:
         """Read from the device."""
-        lists: TileLists = frame.state.lists
-        counter = int(frame.state.checkpoints.counter[0])
-        return cls(int(lists.totals[1]), int(lists.totals[0]), counter, int(frame.pairs_per_row.sum()))
+        lists: TileLists = frame.state
+        instances, splats = lists.totals()
+        return cls(splats, instances, lists.buckets_in_use(), int(frame.pairs_per_row.sum()))
 
     def bytes_of(self, kernel: str) -> float | None:
         """Bytes that one launch must move at least; None for a kernel that is measured in pairs."""

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lists of splats per tile, made on the GPU without waiting for it: memory and launches.
+
+The kernels are source/binning.cu and source/radix_sort.cu. A torch op costs more host time than a launch, so a call
+allocates three arenas (zeros, what a frame keeps, scratch) and cuts each once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from masksplat.cuda.launcher import Launcher
+from masksplat.types import TILE, Splats
+
+THREADS = 256
+SORT_CHUNK = 2048
+"""Keys that a block of radix_sort.cu takes."""
+
+DIGITS = 256
+DIGIT_BITS = 8
+DEPTH_PASSES = 4
+SUBTILES = 8
+CHECKPOINT_BYTES = 16 * TILE * TILE
+TOTAL_WORDS = 4
+ALIGNMENT = 256
+MOST_TILES = 1 << 27
+
+
+@dataclass(frozen=True)
+class Region:
+    """Pixel rows [first, last) of a view of `width` pixels, in tiles from its first row on."""
+
+    first: int
+    last: int
+    width: int
+
+    @property
+    def columns(self) -> int:
+        """Tiles in a row."""
+        return -(-self.width // TILE)
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of tiles."""
+        return -(-(self.last - self.first) // TILE)
+
+    @property
+    def num_tiles(self) -> int:
+        """All tiles."""
+        return self.columns * self.tile_rows
+
+    def arguments(self) -> tuple[np.int32, np.int32, np.int32]:
+        """What every kernel takes: first pixel row, one past the last, tile columns."""
+        return np.int32(self.first), np.int32(self.last), np.int32(self.columns)
+
+
+class ViewRows(NamedTuple):
+    """The packed splats of one view: `most` rows, of which the first in_use[0] are there (all, when it is None)."""
+
+    rows: Tensor
+    boxes: Tensor
+    depths: Tensor
+    ids: Tensor
+    in_use: Tensor | None
+    most: int
+
+
+class Zeros(NamedTuple):
+    """What the kernels count in, all zero at first; raw bytes but for `pairs`."""
+
+    ranges: Tensor  # (tiles, 2) int32
+    totals: Tensor  # (TOTAL_WORDS,) int32, see source/totals.cuh
+    bucket_counter: Tensor  # int32
+    depth_histograms: Tensor
+    tile_histograms: Tensor
+    depth_tickets: Tensor
+    tile_tickets: Tensor
+    prepare_words: Tensor
+    emit_words: Tensor
+    depth_words: Tensor
+    tile_words: Tensor
+    pairs: Tensor  # (tile rows,) int64, returned to the user
+
+
+class Kept(NamedTuple):
+    """What a frame keeps for its backward, raw bytes; see source/binning.cu and source/rasterize.cu."""
+
+    rows: Tensor  # (instances,) int32 row of the view, by tile and depth
+    instances: Tensor  # (instances,) int32 number of the instance
+    first_instances: Tensor  # (most rows + 1,) int32
+    reached: Tensor  # (instances,) uint8
+    ends: Tensor  # (tiles,) int32
+    buckets: Tensor  # (buckets, 2) int32
+    alive: Tensor  # (buckets, SUBTILES) uint32
+    checkpoints: Tensor  # (buckets, 256, 4) float32
+
+
+class Scratch(NamedTuple):
+    """Memory of one binning, raw bytes: two of what is sorted back and forth."""
+
+    keys: tuple[Tensor, Tensor]
+    orders: tuple[Tensor, Tensor]
+    tiles: tuple[Tensor, Tensor]
+    rows: Tensor
+    instances: Tensor
+
+
+@dataclass(frozen=True)
+class TileLists:
+    """The lists of a region and room for what compositing leaves behind."""
+
+    region: Region
+    zeros: Zeros
+    kept: Kept
+    num_instances: int  # capacity
+    num_buckets: int  # capacity; 0: no backward
+
+    def totals(self) -> list[int]:
+        """Instances in use and splats of the view, read from the device."""
+        return self.zeros.totals.view(torch.int32)[:2].tolist()  # host sync: totals
+
+    def buckets_in_use(self) -> int:
+        """Buckets that the forward went through, read from the device."""
+        return int(self.zeros.bucket_counter.view(torch.int32)[0])  # host sync: buckets
+
+
+def blocks_of(count: int, threads: int = THREADS) -> int:
+    """Blocks of `threads` that cover `count`."""
+    return -(-count // threads)
+
+
+def _aligned(size: int) -> int:
+    return max(1, -(-size // ALIGNMENT)) * ALIGNMENT
+
+
+def _tile_passes(num_tiles: int) -> tuple[int, int]:
+    """How many passes sort by tile, and the bits of a digit."""
+    bits = max(1, (num_tiles - 1).bit_length())
+    passes = -(-bits // DIGIT_BITS)
+    return passes, -(-bits // passes)
+
+
+def _make_zeros(region: Region, most: int, num_instances: int, device: torch.device) -> Zeros:
+    passes, _ = _tile_passes(region.num_tiles)
+    sizes = (
+        8 * region.num_tiles,
+        4 * TOTAL_WORDS,
+        4,
+        4 * DIGITS * DEPTH_PASSES,
+        4 * DIGITS * passes,
+        4 * DEPTH_PASSES,
+        4 * passes,
+        8 * blocks_of(most),
+        8 * blocks_of(most),
+        4 * DIGITS * DEPTH_PASSES * blocks_of(most, SORT_CHUNK),
+        4 * DIGITS * passes * blocks_of(num_instances, SORT_CHUNK),
+    )
+    pieces = [*map(_aligned, sizes), 8 * region.tile_rows]
+    cut = torch.zeros(sum(pieces), dtype=torch.uint8, device=device).split(pieces)
+    return Zeros(*cut)._replace(pairs=cut[-1].view(torch.int64))
+
+
+def _make_kept(region: Region, most: int, num_instances: int, num_buckets: int, device: torch.device) -> Kept:
+    sizes = (
+        4 * num_instances,
+        4 * num_instances,
+        4 * (most + 1),
+        num_instances if num_buckets else 0,
+        4 * region.num_tiles,
+        8 * num_buckets,
+        4 * SUBTILES * num_buckets,
+        CHECKPOINT_BYTES * num_buckets,
+    )
+    pieces = [*map(_aligned, sizes)]
+    return Kept(*torch.empty(sum(pieces), dtype=torch.uint8, device=device).split(pieces))
+
+
+def _make_scratch(most: int, num_instances: int, device: torch.device) -> Scratch:
+    pieces = [_aligned(4 * most)] * 4 + [_aligned(4 * num_instances)] * 4
+    cut = torch.empty(sum(pieces), dtype=torch.uint8, device=device).split(pieces)
+    return Scratch((cut[0], cut[1]), (cut[2], cut[3]), (cut[4], cut[5]), cut[6], cut[7])
+
+
+def make_tile_lists(
+    launcher: Launcher, view: ViewRows, region: Region, *, num_instances: int, num_buckets: int, status: Tensor
+) -> TileLists:
+    """Queue the binning of a view's splats into the tiles of a region.
+
+    Args:
+        num_instances: (splat, tile) pairs that there is room for; with more, the lists are empty and status[0] is set.
+        num_buckets: buckets that the forward may checkpoint; 0 when there will be no backward.
+
+    Raises:
+        ValueError: for a region of more than MOST_TILES tiles.
+    """
+    if region.num_tiles > MOST_TILES:
+        raise ValueError(f"{region.num_tiles} tiles, and at most {MOST_TILES} fit: render in strips of rows")
+    device = launcher.device
+    zeros = _make_zeros(region, view.most, num_instances, device)
+    kept = _make_kept(region, view.most, num_instances, num_buckets, device)
+    lists = TileLists(region, zeros, kept, num_instances, num_buckets)
+    if view.most > 0 and region.num_tiles > 0:
+        scratch = _make_scratch(view.most, num_instances, device)
+        _prepare(launcher, view, lists, scratch, status)
+        _sort_by_depth(launcher, view, lists, scratch)
+        _sort_by_tile(launcher, view, lists, scratch)
+    return lists
+
+
+def _prepare(launcher: Launcher, view: ViewRows, lists: TileLists, scratch: Scratch, status: Tensor) -> None:
+    zeros = lists.zeros
+    launcher(
+        "binning.prepare", blocks_of(view.most), THREADS, view.rows, view.boxes, view.depths, view.in_use,
+        np.int32(view.most), *lists.region.arguments(), np.int32(lists.num_instances), scratch.keys[0],
+        lists.kept.first_instances, zeros.depth_histograms, zeros.prepare_words, zeros.totals, status,
+    )  # fmt: skip
+
+
+def _sort_by_depth(launcher: Launcher, view: ViewRows, lists: TileLists, scratch: Scratch) -> None:
+    """Leaves the rows in the order of depth and id in orders[0]: the number of passes is even."""
+    zeros = lists.zeros
+    for number in range(DEPTH_PASSES):
+        here, there = number % 2, 1 - number % 2
+        launcher(
+            "radix_sort.sort_one", blocks_of(view.most, SORT_CHUNK), THREADS, scratch.keys[here], scratch.keys[there],
+            scratch.orders[here] if number > 0 else None, scratch.orders[there], zeros.totals, zeros.depth_histograms,
+            zeros.depth_words, zeros.depth_tickets, np.int32(number), np.int32(DIGIT_BITS),
+        )  # fmt: skip
+    launcher(
+        "radix_sort.order_ties", blocks_of(view.most), THREADS, scratch.keys[0], scratch.orders[0], view.ids,
+        zeros.totals,
+    )  # fmt: skip
+
+
+def _sort_by_tile(launcher: Launcher, view: ViewRows, lists: TileLists, scratch: Scratch) -> None:
+    """Instances in depth order, then stably by tile; the last pass writes into the lists that are kept."""
+    zeros, kept = lists.zeros, lists.kept
+    passes, bits = _tile_passes(lists.region.num_tiles)
+    rows, instances = (scratch.rows, kept.rows), (scratch.instances, kept.instances)
+    if passes % 2 == 0:
+        rows, instances = rows[::-1], instances[::-1]
+    launcher(
+        "binning.emit", blocks_of(view.most), THREADS, view.rows, view.boxes, scratch.orders[0], kept.first_instances,
+        *lists.region.arguments(), scratch.tiles[0], rows[0], instances[0], zeros.tile_histograms, np.int32(passes),
+        np.int32(bits), zeros.emit_words, zeros.totals,
+    )  # fmt: skip
+    for number in range(passes):
+        here, there = number % 2, 1 - number % 2
+        launcher(
+            "radix_sort.sort_two", blocks_of(lists.num_instances, SORT_CHUNK), THREADS, scratch.tiles[here],
+            scratch.tiles[there], rows[here], rows[there], instances[here], instances[there], zeros.totals,
+            zeros.tile_histograms, zeros.tile_words, zeros.tile_tickets, np.int32(number), np.int32(bits),
+        )  # fmt: skip
+    launcher(
+        "binning.tile_ranges", blocks_of(lists.num_instances), THREADS, scratch.tiles[passes % 2], zeros.totals,
+        zeros.ranges,
+    )  # fmt: skip
+
+
+def view_rows(splats: Splats, view: int) -> ViewRows:
+    """The rows of `view`; on the device, `counts` says how many are in use.
+
+    Raises:
+        ValueError: for rows that are not float32.
+    """
+    check_float32(rows=splats.rows, depths=splats.depths)
+    first, last = splats.view_range(view)
+    tensors = [splats.rows, splats.boxes, splats.depths, splats.ids]
+    if (first, last) != (0, len(splats)):
+        tensors = [tensor[first:last] for tensor in tensors]
+    rows, boxes, depths, ids = (tensor.contiguous() for tensor in tensors)
+    counts = splats.counts
+    return ViewRows(rows, boxes, depths, ids, None if counts is None else counts[view:], last - first)
+
+
+def check_float32(**tensors: Tensor | None) -> None:
+    """Refuse other precisions.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != torch.float32:
+            raise ValueError(f"{name} is {tensor.dtype}; the cuda body takes float32: convert it, or use the cpu body")
