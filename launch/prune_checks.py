@@ -15,8 +15,8 @@ from scene.errors import InputError
 SCORES = ("rad_splat", "mini_splatting")
 USUAL_LENGTH = 30_000
 WINDOW_LAMBDA = 0.02
-"""--lambda_mask where a mask is learned in a window. A Gaussian goes when the images lose less than this, divided by the
-number of Gaussians, by its factor (docs/log.md)."""
+"""--lambda_mask where a mask is learned in a window: a Gaussian goes when the images lose less by its factor than this
+divided by the number of Gaussians (docs/log.md)."""
 
 SHORTEST_TARGET = 20
 """Iterations after densification that a target size needs at least."""

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ from scene.errors import InputError
 from scene.gaussians import GaussianTable, attributes_for
 from scene.model_import import import_model
 from scene.ply import save_ply
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def parsed(command: str) -> TrainConfig:
@@ -77,6 +81,35 @@ def test_a_ply_becomes_rows_without_history(tmp_path: Path, degree: int) -> None
         assert torch.equal(found.table.params[name], expected), name
     assert found.table.ids.tolist() == list(range(7))
     assert all(not values.any() for values in found.table.exp_avg.values())
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_the_script_finetunes_every_scene_that_is_not_done(tmp_path: Path, num_processes: int) -> None:
+    """With a program in place of Python that writes down how it is called, and fails for one scene."""
+    for scene in ("bicycle", "my room", "train", "truck"):
+        (tmp_path / "models" / scene.replace(" ", "_")).mkdir(parents=True)
+    (tmp_path / "models" / "train" / "chkpnt30000.pth").touch()
+    (tmp_path / "out" / "truck").mkdir(parents=True)
+    (tmp_path / "out" / "truck" / "results.json").touch()
+    stub, calls = tmp_path / "python", tmp_path / "calls"
+    stub.write_text(f'#!/bin/sh\necho "$@" >> "{calls}"\ncase "$*" in *bicycle*) exit 2;; esac\n')
+    stub.chmod(0o755)
+    folders = [str(tmp_path / name) for name in ("data", "models", "out")]
+    done = subprocess.run(
+        [str(ROOT / "launch" / "run_prune_finetune.sh"), *folders, "--", "--lambda_mask", "0.1"],
+        env={"PYTHON": str(stub), "NPROC": str(num_processes), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and "failed: bicycle (see train.log" in done.stderr
+    lines = calls.read_text().splitlines()
+    assert [re.findall(r"-m \S*/(\w+) ", line)[-1] for line in lines] == ["bicycle", "my_room", "train"]
+    parsed_lines = [parse_train(shlex.split(line.partition("train.py ")[2]), {}) for line in lines]
+    assert [Path(each.prune.start_pointcloud).name for each in parsed_lines] == ["point_cloud.ply"] * 2 + [""]
+    assert parsed_lines[2].checkpoint.start_checkpoint.endswith("train/chkpnt30000.pth")
+    assert all(each.prune.prune_finetune and each.mask.lambda_mask == 0.1 for each in parsed_lines)
+    assert all(("--nproc-per-node=3" in line) == (num_processes == 3) for line in lines)
 
 
 def test_a_ply_without_gaussians_is_refused(tmp_path: Path) -> None:
