@@ -19,6 +19,8 @@ from scene.errors import InputError
 EXIT_INPUT_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_PIPE_CLOSED = 141
+PEER_SECONDS = 1.0
+"""The rank that failed prints its paragraph; a launcher stops all ranks as soon as the first one ends."""
 USER_ERRNOS = frozenset({errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT, errno.ENAMETOOLONG})
 
 
@@ -34,7 +36,8 @@ def run_main(main: Callable[[Sequence[str]], int | None], arguments: Sequence[st
     except InputError as error:
         exit_with_paragraph(str(error))
     except PeerError:
-        sys.exit(EXIT_INPUT_ERROR)  # the rank that failed prints the paragraph
+        time.sleep(PEER_SECONDS)
+        sys.exit(EXIT_INPUT_ERROR)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

@@ -64,9 +64,15 @@ def joined_world(device_type: str = "cpu", environment: Mapping[str, str] = os.e
         communicator = Communicator.from_environment(environment, device_type=device_type)
     except (ValueError, RuntimeError) as error:
         raise InputError(str(error)) from error
-    with ending_together(communicator):
-        yield communicator
-    communicator.close()
+    has_ended = False
+    try:
+        with ending_together(communicator):
+            yield communicator
+        has_ended = True
+    finally:
+        # gloo's threads must have ended before the process does; nccl would wait for ranks that are in a collective.
+        if has_ended or communicator.device.type == "cpu":
+            communicator.close()
 
 
 @contextmanager

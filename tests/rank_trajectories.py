@@ -18,7 +18,8 @@ import train
 from colmap_builder import CameraRow, build_model, write_binary, write_photos
 from distributed.communicator import Communicator
 from launch.cli import parse_train
-from launch.start import find_start
+from launch.config import TrainConfig
+from launch.start import Start
 from launch.training import Training, build_training
 from masksplat.random import SPLIT, normal
 from scene.gaussians import GaussianTable
@@ -97,11 +98,15 @@ def varied(table: GaussianTable, dtype: torch.dtype, num_points: int | None) -> 
     return GaussianTable.from_arrays(arrays, dtype=dtype, ids=table.ids[rows])
 
 
-def built(world: Communicator, source: Path, target: Path, case: Case) -> Training:
+def config_of(source: Path, target: Path, case: Case) -> TrainConfig:
+    """The configuration of a case; every step is logged."""
     iterations = str(case.num_steps * case.batch_size)
     arguments = ["-s", str(source), "-m", str(target), "--iterations", iterations, *EVENTS, *case.flags]
-    config = parse_train([*arguments, "--log_interval", str(case.batch_size)])
-    training = build_training(config, world, show_progress=False)
+    return parse_train([*arguments, "--log_interval", str(case.batch_size)])
+
+
+def built(world: Communicator, source: Path, target: Path, case: Case) -> Training:
+    training = build_training(config_of(source, target, case), world, show_progress=False)
     training.table = varied(training.table, case.dtype, case.num_points)
     return training
 
@@ -118,14 +123,19 @@ def outcome(training: Training, folder: ModelFolder) -> Outcome:
     return Outcome(table.ids.numpy(), tensors, [json.loads(line) for line in lines], saved)
 
 
+def run_loop(training: Training, folder: ModelFolder, start: Start) -> None:
+    """The steps of train.py; the first degree of spherical harmonics begins at image 30."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch.training, "SH_DEGREE_INTERVAL", 30)
+        train.train(training, folder, start)
+
+
 def trajectory(world: Communicator, source: Path, target: Path, case: Case) -> Outcome:
-    """The steps of train.py's loop; the first degree of spherical harmonics begins at image 30."""
+    """A case from its beginning to its end."""
     target = target / f"{case.name} on {world.size}{world.has_group}"
     folder = ModelFolder.create(target)
     training = built(world, source, target, case)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch.training, "SH_DEGREE_INTERVAL", 30)
-        train.train(training, folder, find_start(training.config, folder, world))
+    run_loop(training, folder, Start())
     return outcome(training, folder)
 
 
