@@ -338,21 +338,28 @@ def test_other_precisions_and_frames_without_a_backward_are_refused(launcher):
         rasterizer.rasterize_backward(there, frame, torch.zeros_like(frame.rgb), torch.zeros_like(there.rows))
 
 
+def trimmed_error(found: Tensor, expected: Tensor) -> float:
+    """`relative_error` without the worst 1e-5 of the elements: pairs on different sides of a threshold."""
+    found, expected = found.flatten(), expected.flatten()
+    kept = len(found) - int(1e-5 * len(found))
+    order = torch.argsort((found - expected).abs())[:kept]
+    return relative_error(found[order], expected[order])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("log_scale", [-6.5, -5.0])
 def test_many_splats_on_the_device(log_scale):
-    """Thousands of blocks at once: what the emulator, which runs them in turn, cannot show."""
+    """Thousands of blocks at once, which the emulator runs in turn: against the cpu body, and three times the same."""
     device_launcher, size = make_launcher("device"), (1600, 1064)
-    splats = projected(
-        1_000_000, size, seed=49,
-        scales=torch.randn(1_000_000, 3, generator=torch.Generator().manual_seed(0)) * 0.5 + log_scale,
-    )  # fmt: skip
-    exact = other = outcome(CPU, splats, size)
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.randn(1_000_000, 3, generator=generator) * 0.5 + log_scale
+    splats = projected(1_000_000, size, seed=49, scales=scales)
+    other = outcome(CPU, splats, size)
     runs = [outcome(Rasterizer(device_launcher), moved(splats, device=device_launcher.device), size) for _ in range(3)]
     for run in runs[1:]:
-        for field in dataclasses.fields(Outcome):
-            assert torch.equal(getattr(runs[0], field.name), getattr(run, field.name)), field.name
+        for part in dataclasses.fields(Outcome):
+            assert torch.equal(getattr(runs[0], part.name), getattr(run, part.name)), part.name
     for name in ("rgb", "transmittance", "maximum", "total"):
-        assert relative_error(getattr(runs[0], name), getattr(other, name)) < 2e-6, name
+        assert trimmed_error(getattr(runs[0], name), getattr(other, name)) < 2e-6, name
     for k, name in enumerate(ROW_COLUMNS):
-        assert relative_error(runs[0].gradients[:, k], exact.gradients[:, k]) < 2e-4, name
+        assert trimmed_error(runs[0].gradients[:, k], other.gradients[:, k]) < 3e-5, name

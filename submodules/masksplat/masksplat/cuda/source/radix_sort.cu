@@ -49,9 +49,8 @@ __device__ __forceinline__ unsigned peers_of(unsigned digit, unsigned mask) {
     return peers;
 }
 
-// Keys of `digit` in all blocks before `block`, of which `total` are in this block.
+// Keys of `digit` in all blocks before `block`, which has published its `total` of them.
 __device__ __forceinline__ unsigned digits_before(volatile unsigned* words, int block, int digit, unsigned total) {
-    words[block * DIGITS + digit] = (block == 0 ? DIGIT_PREFIX : DIGIT_TOTAL) | total;
     if (block == 0) return 0;
     unsigned before = 0;
     bool is_complete = false;
@@ -90,8 +89,9 @@ __device__ __forceinline__ void rank_in_warp(const unsigned* keys, int shift, un
 }
 
 // Stages 2 and 3: fills starts and targets; thread d cares for digit d.
-__device__ __forceinline__ void place_digits(PassShared& shared, const unsigned* histogram, unsigned* words) {
-    const int digit = threadIdx.x;
+__device__ __forceinline__ void place_digits(PassShared& shared, const unsigned* histogram,
+                                             volatile unsigned* words) {
+    const int digit = threadIdx.x, block = shared.block;
     unsigned total = 0, sum;
 #pragma unroll
     for (int warp = 0; warp < WARPS; ++warp) {
@@ -99,10 +99,11 @@ __device__ __forceinline__ void place_digits(PassShared& shared, const unsigned*
         shared.warp_counts[warp][digit] = total;
         total += count;
     }
+    words[block * DIGITS + digit] = (block == 0 ? DIGIT_PREFIX : DIGIT_TOTAL) | total;
     const unsigned start = block_exclusive_sum<THREADS>(total, shared.partial, sum);
     const unsigned start_of_all = block_exclusive_sum<THREADS>(histogram[digit], shared.partial_of_all, sum);
     shared.starts[digit] = start;
-    shared.targets[digit] = start_of_all + digits_before(words, shared.block, digit, total) - start;
+    shared.targets[digit] = start_of_all + digits_before(words, block, digit, total) - start;
     __syncthreads();
 }
 
