@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from distributed.communicator import Communicator
 from gaussian_renderer.step import draw_and_update
 from launch.cli import parse_train
 from launch.config import TrainConfig, cfg_args_values, to_plain
 from launch.doctor import run_doctor
+from launch.late_steps import LateSteps
 from launch.progress import TrainingProgress
-from launch.recorder import Recorder, Seen
+from launch.recorder import Recorder
 from launch.run import run_main, tee_output
 from launch.run_logs import open_logs
 from launch.start import Start, begin, find_start
@@ -22,7 +23,7 @@ from launch.wrap_up import wrap_up
 from scene.errors import InputError
 from scene.model_folder import ModelFolder
 from scene.ply import save_point_cloud
-from scene.row_edit import RowEdit
+from scene.row_edit import RowEdit, TableEdit
 from strategies.schedule import Window
 
 
@@ -85,14 +86,18 @@ def train(training: Training, folder: ModelFolder, start: Start) -> None:
         recorder.start()
         if start.checkpoint is not None:
             recorder.resume(start.checkpoint)
-        for step in range(training.first_step, training.num_steps):
-            train_step(training, recorder, step)
+        late, step = LateSteps(training, recorder), training.first_step
+        while step < training.num_steps:
+            step = train_step(training, recorder, late, step)
         seconds, count = recorder.end(), recorder.num_gaussians()
     print(f"trained {iterations} images in {seconds:.1f} s, {count:,} Gaussians")
 
 
-def train_step(training: Training, recorder: Recorder, step: int) -> None:
-    """One step: draw the batch with sampled masks, compare, update everything, edit the set of Gaussians."""
+def train_step(training: Training, recorder: Recorder, late: LateSteps, step: int) -> int:
+    """One step: draw the batch with sampled masks, compare, update everything, edit the set of Gaussians.
+
+    Returns: the number of the next step; an earlier one when a buffer was too small and steps changed nothing.
+    """
     table, strategy, phases = training.table, training.strategy, training.phases
     window, seed = training.window(step), training.config.optimization.seed
     with phases("photos"):
@@ -106,26 +111,32 @@ def train_step(training: Training, recorder: Recorder, step: int) -> None:
     with phases("masks"):
         learned = strategy.after_backward(table, window, gate, result.d_gate, training.mask_scaling)
     table.num_updates += 1
-    numbers = training.read(step, result)
-    loss = numbers.image_loss(training.config.optimization.lambda_dssim) + learned.get("mask_loss", 0.0)
-    require_finite(loss, window)
-    # Measured and saved before the edits, as in 3DGS: fresh clones and reset opacities have not been trained yet.
-    recorder.after_update(window, Seen(step, numbers, result.plan, learned, loss))
+    late.add(step, window, result, learned)
     with phases("density control"):
-        is_edited = False
-        for edit in strategy.after_step(table, window, seed):
-            table.apply(edit)
-            recorder.edit(edit.report)
-            is_edited |= isinstance(edit, RowEdit)
+        edits = strategy.after_step(table, window, seed)
+        first = next(edits, None)
+    # Measured and saved before the edits, as in 3DGS: fresh clones and reset opacities have not been trained yet.
+    is_read = first is not None or recorder.is_due(window) or step + 1 == training.num_steps
+    again = late.settle() if is_read else late.keep_up()
+    if again is not None:
+        return again
+    edit(training, recorder, window, first, edits)
+    recorder.after_edits(window, step)
+    return step + 1
+
+
+def edit(
+    training: Training, recorder: Recorder, window: Window, first: TableEdit | None, others: Iterator[TableEdit]
+) -> None:
+    """Apply the edits of a step, each before the next is worked out, and share the rows out again when they did."""
+    is_edited = False
+    with training.phases("density control"):
+        for change in chain([first] if first is not None else [], others):
+            training.table.apply(change)
+            recorder.edit(change.report)
+            is_edited |= isinstance(change, RowEdit)
     if is_edited:
         recorder.redistribution(window, training.after_event())
-    recorder.after_edits(window, step)
-
-
-def require_finite(loss: float, window: Window) -> None:
-    """Raises: FloatingPointError when the loss is not a number any more."""
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss of iteration {window.first} is {loss}")
 
 
 if __name__ == "__main__":

@@ -51,10 +51,11 @@ class StepNumbers:
 
 @dataclass(frozen=True, eq=False)
 class StepTotals:
-    """The summed vector, on the device until `read`."""
+    """The summed vector, on the device until it is read. num_rows: this rank's Gaussians."""
 
     partition: PixelPartition
     values: Tensor  # see `share`
+    num_rows: int
 
     @classmethod
     def share(
@@ -78,6 +79,8 @@ class StepTotals:
         before = sum(map(sum, lengths[:rank]))
         after = sum(map(sum, lengths[rank + 1 :]))
         num_views, device = len(partition.heights), loss.device
+        if num_ranks == 1:  # nothing of other ranks to leave room for, and few operations for a GPU's host
+            return cls(partition, torch.cat([loss, num_splats.to(device), *pairs]), num_rows)
         rows = torch.zeros(num_ranks, dtype=torch.float64)
         rows[rank] = num_rows
         parts = [
@@ -89,13 +92,15 @@ class StepTotals:
             *(part.to(loss.dtype) for part in pairs),
             loss.new_zeros(after),
         ]
-        return cls(partition, communicator.sum(torch.cat(parts)))  # all ranks
+        return cls(partition, communicator.sum(torch.cat(parts)), num_rows)  # all ranks
 
-    def read(self) -> StepNumbers:
-        """The numbers, on the host. Host sync on a GPU: the only one that a step needs for its numbers."""
-        values = self.values.cpu().numpy()
+    def numbers(self, fetched: Tensor) -> StepNumbers:
+        """The numbers in `fetched`, what `values` holds, on the host."""
+        values = fetched.numpy()
         num_views, num_ranks = len(self.partition.heights), self.partition.num_ranks
         counts = values[2:].astype(np.int64)
+        if num_ranks == 1:
+            counts = np.concatenate([[self.num_rows], counts])
         rows, owned = counts[:num_ranks], counts[num_ranks : num_ranks * (num_views + 1)]
         drawn = counts[num_ranks * (num_views + 1) :]
         return StepNumbers(

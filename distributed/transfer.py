@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small host values on their way to a device, without waiting for the work that is queued there."""
+"""Small values on their way to a device or back, without waiting for the work that is queued there."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,3 +16,33 @@ def sent_to(values: Tensor, device: torch.device) -> Tensor:
     For a GPU they go through pinned memory: a copy from ordinary memory would wait until the GPU has done all else.
     """
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class Fetched:
+    """Device tensors on their way to the host; what they held when `start` was called.
+
+    `start` returns at once; `wait` blocks until the device has come that far, and no further.
+    """
+
+    copies: tuple[Tensor, ...]
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def start(cls, values: Sequence[Tensor]) -> Fetched:
+        """Begin to copy `values`, all of one device, to the host."""
+        if not values or values[0].device.type != "cuda":
+            return cls(tuple(value.detach().clone() for value in values), None)
+        copies = []
+        for value in values:
+            copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            copies.append(copy.copy_(value, non_blocking=True))
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return cls(tuple(copies), arrived)
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """The values, on the host."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.copies

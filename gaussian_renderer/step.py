@@ -4,7 +4,7 @@
     project -> exchange -> rasterize -> loss        own Gaussians -> regions of pixels
     update  <- exchange <- rasterize backward       gradients on the way back
 
-Nothing here waits for a device: what the host wants to know of a step is in `StepResult.totals` until it is read.
+Nothing here waits for a device: what the host wants to know of a step is in `StepResult.totals` until it is fetched.
 
 Letters: N Gaussians of this rank, B views, M packed splats.
 """
@@ -120,7 +120,7 @@ def draw_and_update(
             batch.partition,
             loss=drawn.loss,
             pairs=drawn.pairs,
-            num_splats=splats.view_offsets.diff(),
+            num_splats=splats.view_offsets.diff() if splats.counts is None else splats.counts,
             num_rows=len(table),
         )
     return StepResult(totals, d_gate, plan)

@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
 import torch
+from torch import Tensor
 
 from masksplat.ops import Body, get_body
 from scene.errors import InputError
@@ -26,3 +31,41 @@ def choose_body(backend: str, device: torch.device | str, *, threads: int, has_m
         return GsplatBody(own, masked=has_masks)
     except (ImportError, RuntimeError) as error:
         raise InputError(f"--backend {backend} cannot be used: {error}") from error
+
+
+class OverflowWatch(Protocol):
+    """A body whose buffers can turn out too small on the device (`masksplat.cuda.body.CudaBody`)."""
+
+    @property
+    def status(self) -> Tensor:
+        """Words on the device; the first is not 0 once a buffer was too small, and then nothing is updated."""
+
+    @property
+    def defers(self) -> bool:
+        """Whether the body leaves it to its owner to look at the status."""
+
+    @defers.setter
+    def defers(self, defers: bool) -> None: ...
+
+    def recover(self) -> bool:
+        """Grow the buffers and clear the status; True when work since must be repeated."""
+
+
+def overflow_watch(body: Body) -> OverflowWatch | None:
+    """What has to be watched while `body` draws; None for bodies that allocate what they need."""
+    own: Any = getattr(body, "own", body)  # gsplat's body draws with masksplat's
+    return own if hasattr(own, "recover") else None
+
+
+@contextmanager
+def drawn_at_once(body: Body) -> Iterator[None]:
+    """A block in which every frame is complete when it is returned, whether or not the body defers otherwise."""
+    watch = overflow_watch(body)
+    if watch is None or not watch.defers:
+        yield
+        return
+    watch.defers = False
+    try:
+        yield
+    finally:
+        watch.defers = True

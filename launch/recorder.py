@@ -15,6 +15,7 @@ import torch
 
 from distributed.exchange import ExchangePlan
 from distributed.totals import StepNumbers
+from launch.bodies import drawn_at_once
 from launch.config import to_plain
 from launch.evaluation import evaluate
 from launch.progress import TrainingProgress, gpu_memory_bytes
@@ -95,6 +96,13 @@ class Recorder:
         """Gaussians of all ranks. All ranks."""
         return int(self.training.total(len(self.training.table))[0])
 
+    def is_due(self, window: Window) -> bool:
+        """Whether `after_update` or `after_edits` will look at the table of this very step."""
+        config = self.training.config
+        logging = config.logging
+        iterations = (*logging.test_iterations, *logging.save_iterations, *config.checkpoint.checkpoint_iterations)
+        return bool(_due(iterations, window)) or Schedule(0, window.last, logging.log_interval).fires(window)
+
     def after_update(self, window: Window, seen: Seen) -> None:
         """Progress bar in every step; lines and a histogram at every log interval; measures and models when due."""
         training = self.training
@@ -155,7 +163,8 @@ class Recorder:
     def _pause(self, action: Callable[[int], None], iteration: int) -> None:
         """Run an action whose time is not training time."""
         self._clock()
-        action(iteration)
+        with drawn_at_once(self.training.body):
+            action(iteration)
         self._resumed = time.perf_counter()
 
     def _expected_count(self) -> float:

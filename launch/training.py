@@ -11,13 +11,12 @@ from torch import Tensor
 
 from distributed.communicator import Communicator
 from distributed.numbering import OrderNumbers, order_numbers
-from distributed.totals import StepNumbers
 from distributed.transfer import sent_to
 from gaussian_renderer.phases import PhaseTimer
 from gaussian_renderer.scores import ScoreViews
-from gaussian_renderer.step import Batch, StepResult, StepSettings, StepTools
+from gaussian_renderer.step import Batch, StepSettings, StepTools
 from gaussian_renderer.views import KERNEL_ATTRIBUTES
-from launch.bodies import choose_body
+from launch.bodies import choose_body, overflow_watch
 from launch.config import TrainConfig, pick, to_plain
 from launch.sharing import LocalViews, PixelShares, Redistribution, RowShares, restore_shares
 from launch.start import check_checkpoint, scene_fingerprints
@@ -135,14 +134,14 @@ class Training:
             return sent_to(drawn.to(means.dtype), means.device)
         return means.new_full((3,), float(self.config.model.white_background))
 
-    def read(self, step: int, result: StepResult) -> StepNumbers:
-        """The numbers of a step, on the host, where the balancer learns from them.
+    @property
+    def is_deferred(self) -> bool:
+        """Whether steps are queued ahead of a GPU (`launch.late_steps`): what they change must know the status words.
 
-        The only place of the loop where the host waits for the device.
+        Several ranks wait for the numbers of rows that they exchange anyway.
         """
-        numbers = result.totals.read()
-        self.pixels.observe(step, numbers)
-        return numbers
+        watch = overflow_watch(self.body)
+        return watch is not None and watch.defers
 
     def after_event(self) -> Redistribution | None:
         """Share the Gaussians out again when edits have left the shards uneven. All ranks."""
@@ -212,6 +211,7 @@ def build_training(
         threads=threads_per_rank(config.pipeline.threads, communicator),
         has_masks=config.mask.prune_method == "mask",
     )
+    defer_steps(config, communicator, body)
     return Training(
         config=config,
         communicator=communicator,
@@ -255,7 +255,15 @@ def choose_strategy(config: TrainConfig, scene: Scene, communicator: Communicato
         iterations=config.optimization.iterations,
         ranks=communicator,
         score_views=ScoreViews(body, scene.train, communicator, config.pipeline.antialiasing),
+        status=None if (watch := overflow_watch(body)) is None else watch.status,
     )
+
+
+def defer_steps(config: TrainConfig, communicator: Communicator, body: Body) -> None:
+    """Let the host queue steps ahead, where everything that a step changes heeds the body's status words."""
+    watch = overflow_watch(body)
+    if watch is not None and communicator.size == 1 and config.mask.prune_method in ("mask", "3dgs"):
+        watch.defers = True
 
 
 def row_shares(config: TrainConfig, communicator: Communicator) -> RowShares:

@@ -10,7 +10,7 @@ Letters: N rows of this rank.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +30,7 @@ class Gate:
     mask: (N,) in {0, 1}, what the renderer multiplies each alpha with; None: every Gaussian is drawn.
     opacity_factor, scale_factor: (N,) in [0, 1], what multiplies opacities and scales after their activation; with
     both, they are the same values, and the step returns the sum of the gradients by the two.
+    num_drawn: () int64 on the mask's device, how many are 1.
     keep_gradient: (N,) derivative of the mask or of the factors by the learned number behind it, for the strategy's
     own backward.
     """
@@ -38,6 +39,27 @@ class Gate:
     keep_gradient: Tensor | None = None
     opacity_factor: Tensor | None = None
     scale_factor: Tensor | None = None
+    num_drawn: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LateNumber:
+    """A number for the log, made from a () tensor that the host has not read yet."""
+
+    source: Tensor
+    formula: Callable[[float], float]
+
+
+Numbers = Mapping[str, float | LateNumber]
+"""What a strategy says of a step."""
+
+
+def read_now(numbers: Numbers) -> dict[str, float]:
+    """Every number as a float. Waits for the device where one is late."""
+    return {
+        name: number.formula(float(number.source)) if isinstance(number, LateNumber) else number
+        for name, number in numbers.items()
+    }
 
 
 class RankReducer(Protocol):
@@ -70,11 +92,12 @@ class Strategy(Protocol):
 
     def after_backward(
         self, table: GaussianTable, window: Window, gate: Gate | None, d_gate: Tensor | None, hyper: OptimizerScaling
-    ) -> dict[str, float]:
+    ) -> Numbers:
         """Update what the strategy itself learns; return numbers for the log.
 
-        Call it while `table.num_updates` still counts the finished updates, that is before it is increased.
-        d_gate: (N,) gradient of the step's loss (views weighted by `hyper.view_weight`) by the gate's mask, or the sum
+        It need not wait for a device (`LateNumber`). Call it while `table.num_updates` still counts the finished
+        updates, that is before it is increased. d_gate: (N,) gradient of the step's loss (views weighted by
+        `hyper.view_weight`) by the gate's mask, or the sum
         of those by its factors.
         """
 
@@ -100,9 +123,9 @@ class CombinedStrategy:
 
     def after_backward(
         self, table: GaussianTable, window: Window, gate: Gate | None, d_gate: Tensor | None, hyper: OptimizerScaling
-    ) -> dict[str, float]:
+    ) -> Numbers:
         """Every strategy's own update; the numbers of all."""
-        numbers: dict[str, float] = {}
+        numbers: dict[str, float | LateNumber] = {}
         for strategy in self.strategies:
             numbers.update(strategy.after_backward(table, window, gate, d_gate, hyper))
         return numbers

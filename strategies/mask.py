@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from masksplat.random import MASK_PRUNE, uniform
 from masksplat.types import AdamStep
 from scene.gaussians import GaussianTable
 from scene.row_edit import EditReport, RowEdit, TableEdit
-from strategies.base import Gate, OneRank, RankReducer, spare_best
+from strategies.base import Gate, LateNumber, Numbers, OneRank, RankReducer, spare_best
 from strategies.optimizer_scaling import OptimizerScaling
 from strategies.schedule import Schedule, Window
 
@@ -59,26 +58,36 @@ class MaskPruning:
     """Samples, learns and prunes by masks.
 
     Args: iterations: the last image of the run; densify_until_iter: from there on this strategy prunes by itself
-    (before, density control calls `prune_test` in its events); ranks: reductions over all ranks.
+    (before, density control calls `prune_test` in its events); ranks: reductions over all ranks; status: see
+    `masksplat.masks.mask_update`.
     """
 
     def __init__(
-        self, config: MaskConfig, *, iterations: int, densify_until_iter: int, ranks: RankReducer | None = None
+        self,
+        config: MaskConfig,
+        *,
+        iterations: int,
+        densify_until_iter: int,
+        ranks: RankReducer | None = None,
+        status: Tensor | None = None,
     ) -> None:
         self.config = config
+        self._status = status
         self._ranks = ranks if ranks is not None else OneRank()
         self._loss_window = Schedule(config.mask_from_iter, config.mask_until_iter, 1)
         first_prune = max(densify_until_iter, config.mask_from_iter)
         self._prunes = Schedule(first_prune, iterations, config.mask_prune_iter)
+        self._counted: Tensor | None = None  # the ids that were counted, and how many there are on all ranks
+        self._count = 0
 
     def sample(self, table: GaussianTable, window: Window, seed: int) -> Gate:
         """A hard sample from noise keyed by (seed, the window's first iteration, id)."""
         drawn = mask_sample(table.params["mask_logits"], table.ids, seed, window.first)
-        return Gate(mask=drawn.mask, keep_gradient=drawn.keep_gradient)
+        return Gate(mask=drawn.mask, keep_gradient=drawn.keep_gradient, num_drawn=drawn.num_drawn)
 
     def after_backward(
         self, table: GaussianTable, window: Window, gate: Gate | None, d_gate: Tensor | None, hyper: OptimizerScaling
-    ) -> dict[str, float]:
+    ) -> Numbers:
         """One Adam update of the logits, with the images' gradient and that of lambda * mean(m)^2.
 
         Returns: mask_loss, the weighted squared mean; mask_mean, the fraction of all Gaussians that was drawn.
@@ -88,22 +97,25 @@ class MaskPruning:
 
     def learn(
         self, table: GaussianTable, gate: Gate | None, d_gate: Tensor | None, hyper: OptimizerScaling, weight: float
-    ) -> dict[str, float]:
+    ) -> Numbers:
         """`after_backward` with any `weight` of the squared mean, that of the batch included."""
-        if gate is None or gate.mask is None or gate.keep_gradient is None:
+        if gate is None or gate.mask is None or gate.keep_gradient is None or gate.num_drawn is None:
             raise ValueError("the masks are updated with the gate that the step was drawn with; got none")
-        num_drawn, num_all = self._totals(gate.mask)
-        mean = num_drawn / max(num_all, 1)
+        num_drawn, num_all = self._ranks.sum(gate.num_drawn), max(self._num_all(table), 1)  # all ranks
         mask_update(
             table.params["mask_logits"],
             table.exp_avg["mask_logits"],
             table.exp_avg_sq["mask_logits"],
             d_mask=d_gate if d_gate is not None else torch.zeros_like(gate.mask),
             keep_gradient=gate.keep_gradient,
-            d_all=weight * 2 * mean / max(num_all, 1),
+            d_all=_pull(num_drawn, num_all, weight),
             adam=self._adam_step(table, hyper),
+            status=self._status,
         )
-        return {"mask_loss": weight * mean**2, "mask_mean": mean}
+        return {
+            "mask_loss": LateNumber(num_drawn, lambda drawn: weight * (drawn / num_all) ** 2),
+            "mask_mean": LateNumber(num_drawn, lambda drawn: drawn / num_all),
+        }
 
     def after_step(self, table: GaussianTable, window: Window, seed: int) -> Iterator[TableEdit]:
         """The prune that is due after densification has ended, if any; kept rows keep everything."""
@@ -130,10 +142,11 @@ class MaskPruning:
         """The expected number of drawn Gaussians of all ranks, the sum of p."""
         return float(self._ranks.sum(torch.sigmoid(table.params["mask_logits"].double()).sum()))
 
-    def _totals(self, mask: Tensor) -> tuple[int, int]:
-        """How many Gaussians of all ranks were drawn, and how many there are; whole numbers, so the order is free."""
-        totals = self._ranks.sum(torch.tensor([_num_drawn(mask), len(mask)]))  # host sync, all ranks
-        return int(totals[0]), int(totals[1])
+    def _num_all(self, table: GaussianTable) -> int:
+        """Gaussians of all ranks; asked for again only when the rows are others than before. All ranks."""
+        if self._counted is not table.ids:
+            self._counted, self._count = table.ids, int(self._ranks.sum(torch.tensor(len(table))))
+        return self._count
 
     def _adam_step(self, table: GaussianTable, hyper: OptimizerScaling) -> AdamStep:
         """This step's numbers of Adam; the attribute's factor 2 turns the paper's two logits into one."""
@@ -142,6 +155,8 @@ class MaskPruning:
         return AdamStep(rate, *hyper.betas, hyper.eps, table.num_updates + 1)
 
 
-def _num_drawn(mask: Tensor) -> int:
-    """The number of ones; by numpy on the CPU, where torch would wake its threads for little work."""
-    return int(np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else torch.count_nonzero(mask))  # host sync
+def _pull(num_drawn: Tensor, num_all: int, weight: float) -> float | Tensor:
+    """The gradient of weight * mean(m)^2 by each sample; on a GPU it stays there."""
+    if num_drawn.device.type == "cpu":
+        return weight * 2 * (int(num_drawn) / num_all) / num_all
+    return num_drawn * (weight * 2 / num_all / num_all)

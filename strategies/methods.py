@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from strategies.base import CombinedStrategy, RankReducer, Strategy
 from strategies.compact import CompactConfig, CompactMask
@@ -50,6 +53,7 @@ class _Parts:
     iterations: int
     ranks: RankReducer | None
     score_views: ScorePass | None
+    status: Tensor | None
 
 
 def build_strategy(
@@ -62,17 +66,19 @@ def build_strategy(
     prune: PruneConfig | None = None,
     ranks: RankReducer | None = None,
     score_views: ScorePass | None = None,
+    status: Tensor | None = None,
 ) -> CombinedStrategy:
     """Density control (absent when `density` is None) and one of PRUNE_METHODS; "3dgs" prunes nothing else.
 
     Args: extent: the scene's extent in world units; iterations: the last image of the run; score_views: the pass over
-    the training views, which the scores' methods need.
+    the training views, which the scores' methods need; status: words of a device that say when nothing may be
+    updated (`masksplat.masks.mask_update`).
     Raises: ValueError for another method, or values that do not go together.
     """
     if prune_method not in PRUNE_METHODS:
         raise ValueError(f"--prune_method {prune_method!r} is unknown; choose one of {', '.join(PRUNE_METHODS)}")
     densify_until = density.densify_until_iter if density is not None else 0
-    parts = _Parts(mask, prune or PruneConfig(), densify_until, iterations, ranks, score_views)
+    parts = _Parts(mask, prune or PruneConfig(), densify_until, iterations, ranks, score_views, status)
     pruning = _pruning(prune_method, parts)
     strategies: list[Strategy] = []
     if density is not None:
@@ -95,11 +101,11 @@ def _pruning(prune_method: str, parts: _Parts) -> Strategy | None:
 
 
 def _masks(parts: _Parts) -> Strategy:
-    schedule = {"iterations": parts.iterations, "densify_until_iter": parts.densify_until_iter}
+    schedule: Any = {"iterations": parts.iterations, "densify_until_iter": parts.densify_until_iter}
     if parts.prune.target_gaussians:
         config = TargetConfig(parts.prune.target_gaussians, parts.mask.mask_lr)
-        return TargetSize(config, **schedule, ranks=parts.ranks)
-    return MaskPruning(parts.mask, **schedule, ranks=parts.ranks)
+        return TargetSize(config, **schedule, ranks=parts.ranks, status=parts.status)
+    return MaskPruning(parts.mask, **schedule, ranks=parts.ranks, status=parts.status)
 
 
 def _compact(parts: _Parts) -> Strategy:

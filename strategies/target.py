@@ -22,7 +22,7 @@ from torch import Tensor
 
 from scene.gaussians import INITIAL_MASK_LOGIT, GaussianTable
 from scene.row_edit import EditReport, RowEdit, TableEdit, ValueEdit
-from strategies.base import Gate, OneRank, RankReducer
+from strategies.base import Gate, Numbers, OneRank, RankReducer
 from strategies.mask import MaskConfig, MaskPruning
 from strategies.optimizer_scaling import OptimizerScaling
 from strategies.schedule import Schedule, Window
@@ -55,11 +55,18 @@ class TargetSize:
     """Masks that end at a given number of Gaussians.
 
     Args: iterations: the last image of the run; densify_until_iter: where density control ends; ranks: reductions over
-    all ranks. Raises: ValueError when less than 20 iterations are left after densification.
+    all ranks; status: see `masksplat.masks.mask_update`.
+    Raises: ValueError when less than 20 iterations are left after densification.
     """
 
     def __init__(
-        self, config: TargetConfig, *, iterations: int, densify_until_iter: int, ranks: RankReducer | None = None
+        self,
+        config: TargetConfig,
+        *,
+        iterations: int,
+        densify_until_iter: int,
+        ranks: RankReducer | None = None,
+        status: Tensor | None = None,
     ) -> None:
         length = int(SHARE_OF_REST * (iterations - densify_until_iter))
         if length < NUM_PRUNES:
@@ -73,7 +80,7 @@ class TargetSize:
         self._prunes = tuple(densify_until_iter + length * k // NUM_PRUNES for k in range(1, NUM_PRUNES + 1))
         self._learning = Schedule(densify_until_iter, self._prunes[-1], 1)
         self._masks = MaskPruning(
-            MaskConfig(mask_lr=config.mask_lr), iterations=0, densify_until_iter=1, ranks=self._ranks
+            MaskConfig(mask_lr=config.mask_lr), iterations=0, densify_until_iter=1, ranks=self._ranks, status=status
         )
 
     def sample(self, table: GaussianTable, window: Window, seed: int) -> Gate | None:
@@ -82,14 +89,14 @@ class TargetSize:
 
     def after_backward(
         self, table: GaussianTable, window: Window, gate: Gate | None, d_gate: Tensor | None, hyper: OptimizerScaling
-    ) -> dict[str, float]:
+    ) -> Numbers:
         """One Adam update of the logits under the present weight of their loss.
 
         Returns: mask_loss, mask_mean as `MaskPruning`; lambda_mask, the weight. Nothing while masks are not learned.
         """
         if gate is None or gate.mask is None or not self._learning.is_active(window):
             return {}
-        counts = torch.tensor([int(torch.count_nonzero(gate.mask)), len(gate.mask)])
+        counts = torch.tensor([int(torch.count_nonzero(gate.mask)), len(gate.mask)])  # host sync
         num_drawn, num_all = self._ranks.sum(counts).tolist()  # host sync, all ranks
         next_prune = next(k for k, prune in enumerate(self._prunes) if prune >= window.first)
         wanted = self._size_after(num_all, next_prune)

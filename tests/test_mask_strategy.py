@@ -13,7 +13,7 @@ from masksplat.masks import mask_sample, mask_sample_torch, mask_update, mask_up
 from masksplat.random import MASK_SAMPLE, uniform
 from masksplat.types import AdamStep
 from scene.gaussians import GaussianTable, attributes_for
-from strategies.base import CombinedStrategy, Gate, RankReducer
+from strategies.base import CombinedStrategy, Gate, RankReducer, read_now
 from strategies.density import DensityConfig
 from strategies.mask import MASK_SETTINGS, MaskConfig, MaskPruning
 from strategies.methods import build_strategy
@@ -43,7 +43,8 @@ def train(
     for step in range(1, num_steps + 1):
         window = Window(step, 1)
         gate = strategy.sample(table, window, SEED)
-        numbers.append(strategy.after_backward(table, window, gate, pull(table.ids), OptimizerScaling()))
+        learned = strategy.after_backward(table, window, gate, pull(table.ids), OptimizerScaling())
+        numbers.append(read_now(learned))
         table.num_updates += 1
     return numbers
 
@@ -176,7 +177,7 @@ def test_batches_scale_rate_and_regulariser(mode: str, factor: float, weight: fl
     table = make_table(torch.full((100,), 1.0, dtype=torch.float64))
     strategy, window = masks(MaskConfig(lambda_mask=0.3)), Window(1, 4)
     gate = strategy.sample(table, window, SEED)
-    numbers = strategy.after_backward(table, window, gate, None, scaling_for(mode, 4))
+    numbers = read_now(strategy.after_backward(table, window, gate, None, scaling_for(mode, 4)))
     assert numbers["mask_loss"] == pytest.approx(weight * 0.3 * numbers["mask_mean"] ** 2, rel=1e-12)
     torch.testing.assert_close(
         table.params["mask_logits"], torch.full((100,), 1 - 0.02 * factor, dtype=torch.float64), rtol=1e-6, atol=0

@@ -11,7 +11,7 @@ import torch
 
 from rank_threads import by_id, run_on_threads, shards
 from scene.gaussians import GaussianTable, attributes_for
-from strategies.base import OneRank, RankReducer
+from strategies.base import OneRank, RankReducer, read_now
 from strategies.optimizer_scaling import OptimizerScaling
 from strategies.schedule import Window
 from strategies.target import NUM_PRUNES, TargetConfig, TargetSize
@@ -42,7 +42,7 @@ def train(
     for step in range(first, last + 1):
         window = Window(step, 1)
         gate = strategy.sample(table, window, SEED)
-        numbers = strategy.after_backward(table, window, gate, value(table.ids), OptimizerScaling())
+        numbers = read_now(strategy.after_backward(table, window, gate, value(table.ids), OptimizerScaling()))
         table.num_updates += 1
         for edit in strategy.after_step(table, window, SEED):
             table.apply(edit)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps that the device may still be working on: their numbers are read late, so that the host never waits for it.
+
+On a GPU the loop queues a few steps ahead. A step in which a buffer of the body was too small, and every step queued
+behind it, changes nothing; it is found when its numbers arrive, the buffer grows, and the loop goes back to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from distributed.exchange import ExchangePlan
+from distributed.totals import StepTotals
+from distributed.transfer import Fetched
+from gaussian_renderer.step import StepResult
+from launch.bodies import OverflowWatch, overflow_watch
+from launch.recorder import Recorder, Seen
+from launch.training import Training
+from strategies.base import LateNumber, Numbers
+from strategies.schedule import Window
+
+STEPS_AHEAD = 4
+"""Steps a GPU may be behind the host: enough to hide the jitter of the host, few enough to repeat."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Pending:
+    """A step that was queued. fetched: the totals, the body's status if it has one, and the late numbers' sources."""
+
+    step: int
+    window: Window
+    plan: ExchangePlan
+    totals: StepTotals
+    learned: Numbers
+    fetched: Fetched
+
+
+class LateSteps:
+    """The steps whose numbers nobody has read yet, in their order."""
+
+    def __init__(self, training: Training, recorder: Recorder) -> None:
+        self._training = training
+        self._recorder = recorder
+        self._watch = overflow_watch(training.body)
+        self._pending: deque[_Pending] = deque()
+
+    def add(self, step: int, window: Window, result: StepResult, learned: Numbers) -> None:
+        """A step was queued; its numbers start on their way to the host."""
+        sources = [number.source for number in learned.values() if isinstance(number, LateNumber)]
+        status = [self._watch.status] if self._watch is not None else []
+        fetched = Fetched.start([result.totals.values, *status, *sources])
+        self._pending.append(_Pending(step, window, result.plan, result.totals, learned, fetched))
+
+    def keep_up(self) -> int | None:
+        """Read the steps that are too far behind; the step to go back to when a buffer was too small."""
+        return self._read(STEPS_AHEAD if self._training.is_deferred else 0)
+
+    def settle(self) -> int | None:
+        """Read all steps: the table is what they left. The step to go back to when a buffer was too small."""
+        return self._read(0)
+
+    def _read(self, leave: int) -> int | None:
+        while len(self._pending) > leave:
+            pending = self._pending.popleft()
+            values, *more = pending.fetched.wait()
+            if self._watch is not None and int(more.pop(0)[0]) != 0:
+                return self._go_back(pending.step, self._watch)
+            self._finish(pending, values, more)
+        return None
+
+    def _go_back(self, step: int, watch: OverflowWatch) -> int:
+        """Make room, and forget the steps from `step` on, which have changed nothing."""
+        self._training.table.num_updates -= 1 + len(self._pending)
+        self._pending.clear()
+        watch.recover()  # host sync
+        return step
+
+    def _finish(self, pending: _Pending, values: Tensor, late: list[Tensor]) -> None:
+        """Learn costs, check the loss, write the logs."""
+        training = self._training
+        numbers = pending.totals.numbers(values)
+        training.pixels.observe(pending.step, numbers)
+        learned = _known(pending.learned, late)
+        loss = numbers.image_loss(training.config.optimization.lambda_dssim) + learned.get("mask_loss", 0.0)
+        require_finite(loss, pending.window)
+        self._recorder.after_update(pending.window, Seen(pending.step, numbers, pending.plan, learned, loss))
+
+
+def _known(learned: Numbers, late: list[Tensor]) -> dict[str, float]:
+    """Every number as a float; `late` has what the sources held, in their order."""
+    arrived = iter(late)
+    return {
+        name: number.formula(float(next(arrived))) if isinstance(number, LateNumber) else number
+        for name, number in learned.items()
+    }
+
+
+def require_finite(loss: float, window: Window) -> None:
+    """Raises: FloatingPointError when the loss is not a number any more."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss of iteration {window.first} is {loss}")
