@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -44,25 +45,25 @@ class _OneOfThem:
 
 def run_on_threads(parts: Sequence[Any], work: Callable[[Any, RankReducer], Any]) -> list[Any]:
     """What `work(part, reducer)` returns for each part, all at the same time; the first error is raised again."""
-    ranks, results = ThreadRanks(len(parts)), [None] * len(parts)
-    errors: list[BaseException] = []
+    ranks = ThreadRanks(len(parts))
 
-    def one_rank(rank: int) -> None:
+    def one_rank(rank: int) -> Any:
+        is_done = False
         try:
-            results[rank] = work(parts[rank], ranks.of(rank))
-        except BaseException as error:  # noqa: BLE001 (handed on to the main thread)
-            errors.append(error)
-            ranks.barrier.abort()
+            result = work(parts[rank], ranks.of(rank))
+            is_done = True
+        finally:
+            if not is_done:
+                ranks.barrier.abort()  # nobody waits for a rank that failed
+        return result
 
-    threads = [threading.Thread(target=one_rank, args=(rank,)) for rank in range(len(parts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    real = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
-    if real:
-        raise real[0]
-    return results
+    with ThreadPoolExecutor(len(parts)) as pool:
+        futures = [pool.submit(one_rank, rank) for rank in range(len(parts))]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    causes = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
+    if errors:
+        raise (causes or errors)[0]
+    return [future.result() for future in futures]
 
 
 def shards(table: GaussianTable, num_ranks: int) -> list[GaussianTable]:
