@@ -45,7 +45,8 @@ class OverflowWatch(Protocol):
         """Whether the body leaves it to its owner to look at the status."""
 
     @defers.setter
-    def defers(self, defers: bool) -> None: ...
+    def defers(self, defers: bool) -> None:
+        """Choose who looks."""
 
     def recover(self) -> bool:
         """Grow the buffers and clear the status; True when work since must be repeated."""

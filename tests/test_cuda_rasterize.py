@@ -208,18 +208,19 @@ def rasterized(rasterizer: Rasterizer, splats: Splats, size) -> tuple[Frame, Ten
     return frame, d_rows
 
 
-@pytest.mark.parametrize("capacity", [{"instances": 32, "buckets": 1 << 10}, {"instances": 1 << 12, "buckets": 1}])
-def test_overflow_changes_nothing(launcher, capacity):
+@pytest.mark.parametrize(("instances", "buckets"), [(32, 1 << 10), (1 << 12, 1), (1 << 12, 3)])
+def test_overflow_changes_nothing(launcher, instances, buckets):
     size = (50, 40)
     splats = moved(projected(120, size, seed=43), device=launcher.device)
     plain = rasterized(Rasterizer(launcher), splats, size)
-    small = Capacity(launcher.device, **capacity)
-    small.expect(0)  # keeps the capacities small
+    small = Capacity(launcher.device)
+    small.expect(0)
+    small.instances, small.buckets = instances, buckets
     forced = rasterized(Rasterizer(launcher, small), splats, size)
     for one, two in zip((plain[0].rgb, plain[1]), (forced[0].rgb, forced[1]), strict=True):
         assert torch.equal(one, two)
     assert torch.equal(plain[0].pairs_per_row, forced[0].pairs_per_row)
-    assert (small.instances, small.buckets) > tuple(capacity.values()) or small.buckets > 1
+    assert small.instances > instances or small.buckets > buckets
     assert small.status.tolist() == [0] * 8
 
 
@@ -237,6 +238,25 @@ def test_deferred_overflow_is_told_once_and_the_repeated_step_is_right(launcher)
     assert capacity.recover() and not capacity.recover()
     frame, _ = rasterized(rasterizer, splats, size)
     assert int(capacity.status[0]) == 0 and torch.equal(frame.rgb, plain.rgb)
+
+
+def test_an_overflow_of_buckets_leads_the_backward_nowhere(launcher, monkeypatch):
+    """Memory is never clean in a training: places that were reserved, but not there, must not be read."""
+    make, size = torch.empty, (50, 40)
+
+    def littered(*shape, **options):
+        tensor = make(*shape, **options)
+        return tensor.fill_(0x31) if tensor.dtype == torch.uint8 else tensor
+
+    splats = moved(projected(400, size, seed=43), device=launcher.device)
+    needed = rasterized(Rasterizer(launcher), splats, size)[0].state.buckets_in_use()
+    monkeypatch.setattr(torch, "empty", littered)
+    for buckets in range(1, needed, 3):
+        capacity = Capacity(launcher.device)
+        capacity.expect(0)
+        capacity.buckets, capacity.defers = buckets, True
+        frame, _ = rasterized(Rasterizer(launcher, capacity), splats, size)
+        assert int(capacity.status[0]) == 1 and bool(torch.isfinite(frame.rgb).all())
 
 
 def test_counts_on_the_device(launcher):

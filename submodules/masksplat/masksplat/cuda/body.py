@@ -72,6 +72,7 @@ class CudaBody:
 
     @defers.setter
     def defers(self, defers: bool) -> None:
+        """Choose the mode."""
         self.capacity.defers = defers
 
     @contextmanager

@@ -76,6 +76,8 @@ __device__ __forceinline__ int composite_group(const float4* staged, unsigned sa
 // The `count` places from `first` on, reserved for the buckets of a batch; -1 when that is too many.
 __device__ __forceinline__ int checked_places(const Saved& saved, int first, int count) {
     if (first + count <= saved.capacity) return first;
+    // The backward goes through all reserved places up to the capacity: these hold no bucket.
+    for (int place = first; place < saved.capacity; ++place) saved.buckets[place] = make_int2(-1, 0);
     atomicMax(saved.status + STATUS_BUCKETS, first + count);
     saved.status[STATUS_OVERFLOW] = 1;
     return -1;
