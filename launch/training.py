@@ -309,7 +309,8 @@ def open_photos(
     ranks, budget = communicator, int(config.pipeline.image_cache_gb * (1 << 30))
     threads = threads_per_rank(config.pipeline.threads, ranks)
     store: PixelSource
-    if ranks.local_size > 1 and config.distribution.distributed_dataset_storage:
+    # By the number of all ranks: machines with one process take part in what is agreed on between the others.
+    if ranks.size > 1 and config.distribution.distributed_dataset_storage:
         store = NodeImages(
             cameras, ranks, background=background, byte_budget=budget, num_threads=threads, progress=show_progress
         )
