@@ -53,9 +53,13 @@ class Case:
 CASES = (
     Case("whole views", ("--bsz", "4", "--test_iterations", "100", "--checkpoint_iterations", "100")),
     Case("strips of one view", ("--bsz", "1")),
-    Case("views that no number of ranks divides", ("--bsz", "3", "--prune_method", "3dgs", "--antialiasing")),
-    Case("three points", ("--bsz", "2", "--prune_method", "3dgs"), num_points=3),
-    Case("random shards", ("--bsz", "2", "--redistribute_gaussians_mode", "random_redistribute")),
+    Case(
+        "views that no number of ranks divides",
+        ("--bsz", "3", "--prune_method", "3dgs", "--antialiasing"),
+        num_steps=24,
+    ),
+    Case("three points", ("--bsz", "2", "--prune_method", "3dgs"), num_points=3, num_steps=24),
+    Case("random shards", ("--bsz", "2", "--redistribute_gaussians_mode", "random_redistribute"), num_steps=24),
     Case("single precision", ("--bsz", "2"), dtype=torch.float32, num_steps=9),
 )
 
