@@ -16,7 +16,7 @@ from launch.cli import metrics_flags, parse_metrics, parse_train, render_flags, 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").glob("**/*.md"))))
 OF_OTHERS = {
-    *("--help", "--standalone", "--nnodes", "--nproc-per-node", "--durations"),  # argparse, torchrun, pytest
+    *("--help", "--standalone", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--durations"),  # argparse, torchrun, pytest
     *("--headless", "--hide-scrollbars", "--no-sandbox", "--screenshot", "--window-size", "--virtual-time-budget"),
     *("--views", "--output", "--architecture"),  # our modules outside the three scripts
 }
