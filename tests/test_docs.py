@@ -16,7 +16,8 @@ from launch.cli import metrics_flags, parse_metrics, parse_train, render_flags, 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").glob("**/*.md"))))
 OF_OTHERS = {
-    *("--help", "--standalone", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--durations"),  # argparse, torchrun, pytest
+    *("--help", "--durations"),  # argparse, pytest
+    *("--standalone", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint"),  # torchrun
     *("--headless", "--hide-scrollbars", "--no-sandbox", "--screenshot", "--window-size", "--virtual-time-budget"),
     *("--views", "--output", "--architecture"),  # our modules outside the three scripts
 }

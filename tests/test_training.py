@@ -75,7 +75,7 @@ def test_a_world_of_one_takes_the_same_path(any_scene: Path, tmp_path: Path, mon
     assert ply_bytes(tmp_path / "alone") == ply_bytes(tmp_path / "torchrun")
 
 
-def test_several_processes_are_refused(any_scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_a_launcher_is_an_error(any_scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(InputError, match="WORLD_SIZE is 4"):
         train.main(["-s", str(any_scene), "-m", str(tmp_path / "m"), *SHORT])
