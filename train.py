@@ -109,7 +109,7 @@ def train_step(training: Training, recorder: Recorder, late: LateSteps, step: in
         training.tools, table, batch, gate, training.step_settings(window), training.adam_steps(window)
     )
     with phases("masks"):
-        learned = strategy.after_backward(table, window, gate, result.d_gate, training.mask_scaling)
+        learned = strategy.after_backward(table, window, gate, result.d_gate, training.mask_scaling(window))
     table.num_updates += 1
     late.add(step, window, result, learned)
     with phases("density control"):

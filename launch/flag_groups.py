@@ -127,7 +127,7 @@ class OptimizationConfig:
     lr_scale_pos_and_scale: float = flag(1.0, source="Grendel", minimum=0.0)
     """Factor on the learning rates of centres and scales."""
     random_background: bool = flag(False, source="3DGS")
-    """A random background colour for each training view; evaluation keeps black or white."""
+    """A random colour behind each training view and its transparent photos; evaluation keeps black or white."""
     optimizer_type: str = flag(
         "default",
         source="3DGS",

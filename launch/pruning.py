@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from distributed.communicator import Communicator
 from gaussian_renderer.scores import ScoreViews
+from launch.bodies import overflow_watch
 from launch.config import TrainConfig, pick
 from masksplat.ops import Body
 from scene.cameras import Camera
@@ -44,6 +45,7 @@ def choose_strategy(
         prune=replace(pick(PruneConfig, config.prune), target_gaussians=target_count(config)),
         ranks=communicator,
         score_views=score_views,
+        status=None if (watch := overflow_watch(body)) is None else watch.status,
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distributed.communicator import Communicator, PeerError
 from launch.config import TrainConfig, to_plain
+from launch.finetune import TRAINED_ITERATIONS
 from launch.parser import show_value
 from scene.checkpoint import Checkpoint, fingerprint, load_checkpoint, load_newest
 from scene.checkpoint_import import Imported, import_file, import_grendel_folder, is_grendel_folder
@@ -27,6 +28,7 @@ from scene.dataset import Scene
 from scene.errors import InputError
 from scene.gaussians import GaussianTable
 from scene.model_folder import ModelFolder
+from scene.model_import import import_model
 from strategies.schedule import Window
 
 FREE_GROUPS = frozenset({"logging", "checkpoint", "distribution", "benchmark", "viewer"})
@@ -52,7 +54,8 @@ class Start:
 
 
 def find_start(config: TrainConfig, folder: ModelFolder, communicator: Communicator) -> Start:
-    """The checkpoint that --auto_start_checkpoint or --start_checkpoint mean, read and compared with the flags.
+    """The checkpoint or model that --auto_start_checkpoint, --start_checkpoint or --start_pointcloud mean, read and
+    compared with the flags.
 
     All ranks call it; each gets rows of its own. Raises: InputError on all ranks when there is no usable one where one
     was asked for, or it does not fit the flags.
@@ -66,6 +69,10 @@ def find_start(config: TrainConfig, folder: ModelFolder, communicator: Communica
             notices.append(f"There is no checkpoint in {folder.checkpoints}: the training starts at the beginning.")
     if checkpoint is None and config.checkpoint.start_checkpoint:
         checkpoint, more = _named(Path(config.checkpoint.start_checkpoint).expanduser(), config, communicator)
+        notices += more
+    if checkpoint is None and config.prune.start_pointcloud:
+        path = Path(config.prune.start_pointcloud).expanduser()
+        checkpoint, more = _adopted(import_model(path, TRAINED_ITERATIONS), path, config, communicator)
         notices += more
     is_in_place = checkpoint is not None and _is_inside(checkpoint.path, folder.checkpoints)
     if checkpoint is not None:
@@ -143,7 +150,7 @@ def _named(path: Path, config: TrainConfig, communicator: Communicator) -> tuple
 def _adopted(
     imported: Imported, path: Path, config: TrainConfig, communicator: Communicator
 ) -> tuple[Checkpoint, list[str]]:
-    """A predecessor's checkpoint as one of ours, with what is known of its run; rank 0 has all of its rows."""
+    """A predecessor's checkpoint, or a model without history, as a checkpoint of ours; rank 0 has all of its rows."""
     table = imported.table
     if not communicator.is_main:
         table = GaussianTable.empty(table.sh_degree, dtype=table.params["means"].dtype)
@@ -156,8 +163,10 @@ def _adopted(
         seed=config.optimization.seed,
         extent=imported.extent,
     )
-    notice = f"{path} is another program's: rows, Adam moments and statistics are taken over, its random state is not."
-    return Checkpoint(table, state, path), [*imported.notices, notice]
+    notice = "another program's: rows, Adam moments and statistics are taken over, its random state is not"
+    if not imported.table.num_updates:
+        notice = f"a model without history: Adam starts anew, and it counts as one of {imported.iteration} iterations"
+    return Checkpoint(table, state, path), [*imported.notices, f"{path} is {notice}."]
 
 
 def _is_inside(path: Path, place: Path) -> bool:

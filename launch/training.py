@@ -13,11 +13,12 @@ from distributed.communicator import Communicator
 from distributed.numbering import OrderNumbers, order_numbers
 from distributed.transfer import sent_to
 from gaussian_renderer.phases import PhaseTimer
-from gaussian_renderer.scores import ScoreViews
 from gaussian_renderer.step import Batch, StepSettings, StepTools
 from gaussian_renderer.views import KERNEL_ATTRIBUTES
 from launch.bodies import choose_body, overflow_watch
 from launch.config import TrainConfig, pick, to_plain
+from launch.finetune import rate_factor
+from launch.pruning import choose_strategy
 from launch.sharing import LocalViews, PixelShares, Redistribution, RowShares, restore_shares
 from launch.start import check_checkpoint, scene_fingerprints
 from launch.world import require_same, threads_per_rank
@@ -35,9 +36,6 @@ from scene.node_images import NodeImages
 from scene.points import initial_gaussians
 from scene.sampler import ViewSampler
 from strategies.base import CombinedStrategy
-from strategies.density import DensityConfig
-from strategies.mask import MaskConfig
-from strategies.methods import PruneConfig, build_strategy
 from strategies.optimizer_scaling import OptimizerScaling, PositionRate, scaling_for
 from strategies.schedule import Window
 
@@ -159,10 +157,10 @@ class Training:
         view_weight = self.scaling.view_weight * optimization.lr_scale_loss
         return StepSettings(projection, optimization.lambda_dssim, view_weight)
 
-    @property
-    def mask_scaling(self) -> OptimizerScaling:
+    def mask_scaling(self, window: Window) -> OptimizerScaling:
         """The optimizer's numbers for what the strategy learns; --stop_update_param stops that, too."""
-        return replace(self.scaling, lr_factor=0.0) if self.config.debug.stop_update_param else self.scaling
+        factor = 0.0 if self.config.debug.stop_update_param else rate_factor(self.config, window.first)
+        return replace(self.scaling, lr_factor=self.scaling.lr_factor * factor)
 
     def adam_steps(self, window: Window) -> list[AdamStep]:
         """This step's Adam numbers of each kernel attribute."""
@@ -170,9 +168,12 @@ class Training:
         steps = []
         for name in KERNEL_ATTRIBUTES:
             spec = next(spec for spec in self.table.attributes if spec.name == name)
-            rate = getattr(optimization, spec.learning_rate) * spec.learning_rate_factor * self.scaling.lr_factor
             if name == "means":
-                rate = self.position_rate.at(window.first) * self.scaling.lr_factor
+                rate = self.position_rate.at(window.first)
+            else:
+                rate = getattr(optimization, spec.learning_rate) * spec.learning_rate_factor
+                rate *= rate_factor(self.config, window.first)
+            rate *= self.scaling.lr_factor
             if name in ("means", "scales"):
                 rate *= optimization.lr_scale_pos_and_scale
             rate = 0.0 if self.config.debug.stop_update_param else rate
@@ -221,7 +222,9 @@ def build_training(
         pixels=pixels,
         rows=rows,
         table=table,
-        strategy=choose_strategy(config, scene, communicator, body),
+        strategy=choose_strategy(
+            config, extent=scene.extent, cameras=scene.train, body=body, communicator=communicator
+        ),
         scaling=scaling_for(optimization.lr_scale_mode, optimization.bsz),
         position_rate=PositionRate(
             optimization.position_lr_init * scene.extent,
@@ -241,22 +244,6 @@ def choose_batches(config: TrainConfig, num_views: int, communicator: Communicat
     if config.distribution.local_sampling and communicator.size > 1:
         return LocalViews(num_views, optimization.bsz, optimization.seed, communicator.size)
     return ViewSampler(num_views, optimization.bsz, optimization.seed)
-
-
-def choose_strategy(config: TrainConfig, scene: Scene, communicator: Communicator, body: Body) -> CombinedStrategy:
-    """Density control and the pruning method, with the pass over the training views that its scores need."""
-    density = None if config.density.disable_auto_densification else pick(DensityConfig, config.density, config.model)
-    return build_strategy(
-        config.mask.prune_method,
-        density=density,
-        mask=pick(MaskConfig, config.mask),
-        prune=pick(PruneConfig, config.prune),
-        extent=scene.extent,
-        iterations=config.optimization.iterations,
-        ranks=communicator,
-        score_views=ScoreViews(body, scene.train, communicator, config.pipeline.antialiasing),
-        status=None if (watch := overflow_watch(body)) is None else watch.status,
-    )
 
 
 def defer_steps(config: TrainConfig, communicator: Communicator, body: Body) -> None:
@@ -324,7 +311,8 @@ def open_photos(
 
 def device_budget(config: TrainConfig, cameras: Sequence[Camera], device: torch.device) -> int:
     """Bytes of GPU memory for photos: all of them when --preload_dataset_to_gpu or its threshold says so, else none."""
-    flags, num_bytes = config.distribution, sum(3 * camera.width * camera.height for camera in cameras)
+    flags, channels = config.distribution, 4 if config.optimization.random_background else 3  # 4: alpha is kept
+    num_bytes = sum(channels * camera.width * camera.height for camera in cameras)
     is_small = num_bytes <= flags.preload_dataset_to_gpu_threshold * 1e9
     return num_bytes if device.type == "cuda" and (flags.preload_dataset_to_gpu or is_small) else 0
 
