@@ -9,7 +9,8 @@ and the backward of projection, without the optimizer).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,41 +68,47 @@ def masksplat_stages(body: Body, scene: KernelScene, masks: Tensor | None = None
     }
 
 
+def gsplat_leaves(scene: KernelScene) -> list[Tensor]:
+    """What gsplat's trainer optimizes: means, quaternions, log scales, opacity logits, SH coefficients (N, K, 3)."""
+    raw = scene.gaussians
+    coefficients = torch.cat([raw.sh0[:, None], raw.shN], dim=1)
+    leaves = (raw.means, raw.quats, raw.scales, raw.opacities, coefficients)
+    return [values.clone().requires_grad_() for values in leaves]
+
+
+def gsplat_project(gsplat: Any, scene: KernelScene, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Radii, depths, 2D means, conics, colours and opacities of every Gaussian in the scene's view."""
+    means, quats, scales, opacities, coefficients = leaves
+    alphas, viewmats = torch.sigmoid(opacities), scene.views.viewmats
+    radii, means2d, depths, conics, _ = gsplat.fully_fused_projection(
+        means, None, quats, scales.exp(), viewmats, scene.views.intrinsics, *scene.size, near_plane=0.2,
+        opacities=alphas.detach(),
+    )  # fmt: skip
+    centre = torch.linalg.inv(viewmats)[:, :3, 3]
+    visible = (radii > 0).all(dim=-1)
+    colours = gsplat.spherical_harmonics(3, (means - centre)[None], coefficients[None], masks=visible)
+    return radii, depths, means2d, conics, (colours + 0.5).clamp(min=0.0), alphas[None]
+
+
+def gsplat_compose(gsplat: Any, scene: KernelScene, radii: Tensor, depths: Tensor, *inputs: Tensor) -> Tensor:
+    """The image, (1, h, w, 3), of 2D means, conics, colours and opacities."""
+    means2d, conics, colours, alphas = inputs
+    width, height = scene.size
+    columns, rows = -(-width // TILE), -(-height // TILE)
+    _, keys, indices = gsplat.isect_tiles(means2d, radii, depths, TILE, columns, rows)
+    offsets = gsplat.isect_offset_encode(keys, 1, columns, rows)
+    image, _ = gsplat.rasterize_to_pixels(
+        means2d, conics, colours, alphas, width, height, TILE, offsets, indices,
+        backgrounds=scene.background[None],
+    )  # fmt: skip
+    return image
+
+
 def gsplat_stages(gsplat: Any, scene: KernelScene) -> Stages:
     """The functions of gsplat as its own trainer calls them, torch's fused Adam, and SSIM by separable convolutions."""
-    gaussians, (width, height) = scene.gaussians, scene.size
-    leaves = [
-        values.clone().requires_grad_()
-        for values in (gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities)
-    ]
-    coefficients = torch.cat([gaussians.sh0[:, None], gaussians.shN], dim=1).requires_grad_()
-    everything = [*leaves, coefficients]
-    adam = torch.optim.Adam([{"params": [values]} for values in everything], lr=RATE, eps=EPS, fused=True)
-    viewmats, intrinsics = scene.views.viewmats, scene.views.intrinsics
-    columns, rows = -(-width // TILE), -(-height // TILE)
-
-    def project() -> tuple[Tensor, ...]:
-        means, quats, scales, opacities = leaves
-        alphas = torch.sigmoid(opacities)
-        radii, means2d, depths, conics, _ = gsplat.fully_fused_projection(
-            means, None, quats, scales.exp(), viewmats, intrinsics, width, height, near_plane=0.2,
-            opacities=alphas.detach(),
-        )  # fmt: skip
-        centre = torch.linalg.inv(viewmats)[:, :3, 3]
-        visible = (radii > 0).all(dim=-1)
-        colours = gsplat.spherical_harmonics(3, (means - centre)[None], coefficients[None], masks=visible)
-        return radii, depths, means2d, conics, (colours + 0.5).clamp(min=0.0), alphas[None]
-
-    def compose(radii: Tensor, depths: Tensor, *inputs: Tensor) -> Tensor:
-        means2d, conics, colours, alphas = inputs
-        _, keys, indices = gsplat.isect_tiles(means2d, radii, depths, TILE, columns, rows)
-        offsets = gsplat.isect_offset_encode(keys, 1, columns, rows)
-        image, _ = gsplat.rasterize_to_pixels(
-            means2d, conics, colours, alphas, width, height, TILE, offsets, indices,
-            backgrounds=scene.background[None],
-        )  # fmt: skip
-        return image
-
+    leaves = gsplat_leaves(scene)
+    adam = torch.optim.Adam([{"params": [values]} for values in leaves], lr=RATE, eps=EPS, fused=True)
+    project, compose = partial(gsplat_project, gsplat, scene, leaves), partial(gsplat_compose, gsplat, scene)
     projected = project()
     inputs = [values.detach().requires_grad_() for values in projected[2:]]
     drawn = compose(projected[0], projected[1], *inputs)
@@ -114,15 +121,15 @@ def gsplat_stages(gsplat: Any, scene: KernelScene) -> Stages:
         return torch.autograd.grad(torch_loss(leaf_image[0], target), leaf_image)
 
     def update() -> None:
-        grads = torch.autograd.grad(projected[2:], everything, d_inputs, retain_graph=True)
-        for values, gradient in zip(everything, grads, strict=True):
+        grads = torch.autograd.grad(projected[2:], leaves, d_inputs, retain_graph=True)
+        for values, gradient in zip(leaves, grads, strict=True):
             values.grad = gradient
         adam.step()
 
     def step() -> Any:
         parts = project()
         image = compose(*parts)
-        return torch.autograd.grad(torch_loss(image[0], target), everything)
+        return torch.autograd.grad(torch_loss(image[0], target), leaves)
 
     with torch.no_grad():
         frozen = [values.detach() for values in projected]

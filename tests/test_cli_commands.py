@@ -85,10 +85,10 @@ TRAIN_COMMANDS = [
     ("train.py -s data -m out --prune_method rad_splat --prune_percent .8", {"prune_percent": 0.8}),
     ("train.py -s data -m out --eval --prune_method compact_3dgs", {"prune_method": "compact_3dgs"}),
     ("train.py -s data --prune_iterations 15000", {"prune_iterations": [15_000]}),
+    ("train.py -s data --backend gsplat", {"backend": "gsplat"}),
+    ("train.py -s data --backend cuda", {"backend": "cuda"}),
 ]
 REFUSED_TRAIN_COMMANDS = [
-    ("train.py -s data --backend gsplat", "--backend gsplat is refused: this version draws on the CPU"),
-    ("train.py -s data --backend cuda", "--backend cuda is refused: this version draws on the CPU"),
     ("train.py -s data --start_pointcloud a.ply", "--iterations is 30000: nothing is left to train"),
     ("train.py -s data --prune_finetune", "--prune_finetune has no trained model: give one with --start_pointcloud"),
     ("train.py -s data --drop_duplicate_gaussians_coeff 2", "--drop_duplicate_gaussians_coeff 2.0 is refused"),
