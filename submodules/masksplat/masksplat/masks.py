@@ -102,6 +102,8 @@ def mask_update(
             d_mask=given, keep_gradient=keep_gradient.contiguous(), d_all=d_all, adam=adam, status=status,
         )  # fmt: skip
         return
+    if status is not None and int(status[0]) != 0:
+        return
     if logits.device.type != "cpu":
         mask_update_torch(
             logits, exp_avg, exp_avg_sq, d_mask=d_mask, keep_gradient=keep_gradient, d_all=d_all, adam=adam
