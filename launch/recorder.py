@@ -196,7 +196,8 @@ class Recorder:
             seconds=seconds,
             **seen.learned,
         )
-        self.logs.main.write("phases", iteration=iteration, seconds=dict(training.phases.seconds))
+        phases = training.phases.read()
+        self.logs.main.write("phases", iteration=iteration, seconds=phases, clock=training.phases.clock)
         self._write_ranks(iteration, seen)
         self._write_histogram(iteration)
         self._write_curves(iteration, seen, memory)
@@ -221,7 +222,7 @@ class Recorder:
             gpu_bytes=[row[1] for row in memory] if flags.check_gpu_memory else None,
         )
         if flags.enable_timer:
-            self.logs.rank.write("phases", iteration=iteration, seconds=dict(training.phases.seconds))
+            self.logs.rank.write("phases", iteration=iteration, seconds=training.phases.read())
         if flags.check_cpu_memory or flags.check_gpu_memory:
             self.logs.rank.write("memory", own, iteration=iteration)
 
@@ -272,7 +273,7 @@ class Recorder:
             "seconds": self.train_seconds,
             "peak_memory_bytes": self.peak_memory,
             "untimed_images": self.untimed_images,
-            "phases": dict(self.training.phases.seconds),
+            "phases": self.training.phases.read(),
         }
         training = self.training
         shares = shares_to_plain(training.pixels, training.rows)

@@ -12,7 +12,7 @@ from torch import Tensor
 from distributed.communicator import Communicator
 from distributed.numbering import OrderNumbers, order_numbers
 from distributed.transfer import sent_to
-from gaussian_renderer.phases import PhaseTimer
+from gaussian_renderer.phases import PhaseTimer, phase_timer
 from gaussian_renderer.step import Batch, StepSettings, StepTools
 from gaussian_renderer.views import KERNEL_ATTRIBUTES
 from launch.bodies import choose_body, overflow_watch
@@ -232,7 +232,7 @@ def build_training(
             optimization.position_lr_max_steps,
         ),
         body=body,
-        phases=PhaseTimer(),
+        phases=phase_timer(communicator.device, on_device=config.benchmark.enable_timer),
         data=data,
         first_step=checkpoint.state.iteration // optimization.bsz if checkpoint is not None else 0,
     )
