@@ -24,7 +24,6 @@ from masksplat.cuda.tile_lists import TileLists
 from masksplat.ops import get_body
 from masksplat.types import Frame, Gaussians, ProjectionSettings, Splats, Views
 
-SHAPES = ("backward_pixels", "backward_splats")
 ROW_BYTES = 40
 
 
@@ -203,10 +202,8 @@ class Bench:
         print(f"{torch.cuda.get_device_name()}; {width}x{height}, {work.splats:,} splats, {work.instances:,} instances")
         print(f"{work.buckets:,} buckets of 32 processed; {work.pairs / 1e6:,.1f} M pairs evaluated in the forward")
         print_kernels(self.kernel_times(self.forward), work)
-        for shape in SHAPES:
-            self.rasterizer.backward_kernel = f"rasterize_backward.{shape}"
-            print_kernels(self.kernel_times(self.backward), work)
-            print(f"{'whole backward, ' + shape:34}{median_milliseconds(self.backward, self.repeats):9.4f} ms")
+        print_kernels(self.kernel_times(self.backward), work)
+        print(f"{'whole backward':34}{median_milliseconds(self.backward, self.repeats):9.4f} ms")
         print(f"{'whole forward':34}{median_milliseconds(self.forward, self.repeats):9.4f} ms")
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB\n")
 

@@ -26,7 +26,6 @@ from masksplat.types import ROW_COLUMNS, TILE, Frame, Splats
 CPU, REFERENCE = get_body("cpu"), get_body("reference")
 BACKGROUND = torch.tensor([0.2, 0.5, 0.9])
 FLOOR, GRADIENT_FLOOR = 3e-7, 2e-6
-SHAPES = ("rasterize_backward.backward_pixels", "rasterize_backward.backward_splats")
 
 
 @pytest.fixture(params=launchers())
@@ -94,15 +93,12 @@ def assert_as_good(found: Outcome, other: Outcome, exact: Outcome):
         assert error <= allowed, f"{name}: {error:.2e}, allowed {allowed:.2e}"
 
 
-def compare(launcher: Launcher, splats: Splats, size, *, rows=None, view=0, shapes=SHAPES):
-    """All ops on the float32 `splats` against the reference, for both shapes of the backward."""
+def compare(launcher: Launcher, splats: Splats, size, *, rows=None, view=0):
+    """All ops on the float32 `splats` against the reference."""
     exact = outcome(REFERENCE, moved(splats, dtype=torch.float64), size, rows=rows, view=view)
     other = outcome(CPU, splats, size, rows=rows, view=view)
-    for shape in shapes:
-        rasterizer = Rasterizer(launcher)
-        rasterizer.backward_kernel = shape
-        found = outcome(rasterizer, moved(splats, device=launcher.device), size, rows=rows, view=view)
-        assert_as_good(found, other, exact)
+    found = outcome(Rasterizer(launcher), moved(splats, device=launcher.device), size, rows=rows, view=view)
+    assert_as_good(found, other, exact)
 
 
 def projected(count, size, *, seed, opaque=False, num_views=1, **changes) -> Splats:
@@ -144,7 +140,7 @@ def test_no_splat(launcher):
 def test_thin_and_huge_splats(launcher):
     """Needles, discs, and splats far larger than the image: the bounds must hold in float32."""
     scales = torch.tensor(np.random.default_rng(39).uniform(-6.0, 0.5, (200, 3)), dtype=torch.float32)
-    compare(launcher, projected(200, (80, 60), seed=39, scales=scales), (80, 60), shapes=SHAPES[:1])
+    compare(launcher, projected(200, (80, 60), seed=39, scales=scales), (80, 60))
 
 
 @pytest.mark.parametrize("size", [(33 * TILE + 3, 8 * TILE), (TILE + 2, 34 * TILE + 5)])
@@ -153,7 +149,7 @@ def test_one_splat_over_all_tiles(launcher, size):
     splats = projected(40, size, seed=40)
     splats.rows[0, 2:6] = torch.tensor([1e-6, 1e-7, 1e-6, 0.8])
     splats.boxes[0] = torch.tensor([0, 0, *size])
-    compare(launcher, splats, size, shapes=SHAPES[:1])
+    compare(launcher, splats, size)
 
 
 def brute_force_instances(splats: Splats, size) -> int:
@@ -194,7 +190,7 @@ def test_order_of_the_rows_changes_nothing_and_ids_break_ties(launcher):
         order = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
         turned = Splats(*(tensor[order] for tensor in (splats.rows, splats.depths, splats.ids, splats.gaussians,
                                                        splats.boxes)), splats.view_offsets, splats.slots)  # fmt: skip
-        compare(launcher, turned, size, shapes=SHAPES[:1])
+        compare(launcher, turned, size)
         there = moved(turned, device=launcher.device)
         frames.append(Rasterizer(launcher).rasterize(there, 0, size, BACKGROUND.to(launcher.device)))
     assert torch.equal(frames[0].rgb, frames[1].rgb)

@@ -36,7 +36,6 @@ class Rasterizer:
         """Work through `launcher`, with the buffer sizes and the status of `capacity`."""
         self.launcher = launcher
         self.capacity = Capacity(launcher.device) if capacity is None else capacity
-        self.backward_kernel = "rasterize_backward.backward_pixels"
 
     def rasterize(
         self,
@@ -86,7 +85,7 @@ class Rasterizer:
         kept, zeros = lists.kept, lists.zeros
         sums = torch.empty((lists.num_instances, NUM_ROW_COLUMNS), dtype=torch.float32, device=self.launcher.device)
         self.launcher(
-            self.backward_kernel, blocks_of(lists.num_buckets, BACKWARD_WARPS), BACKWARD_WARPS * 32,
+            "rasterize_backward.backward_pixels", blocks_of(lists.num_buckets, BACKWARD_WARPS), BACKWARD_WARPS * 32,
             packed.rows, zeros.ranges, kept.rows, kept.instances, kept.reached, kept.ends, kept.buckets,
             kept.alive, kept.checkpoints, zeros.bucket_counter, np.int32(lists.num_buckets),
             *lists.region.arguments(), np.int32(lists.region.width), frame.rgb, frame.transmittance,

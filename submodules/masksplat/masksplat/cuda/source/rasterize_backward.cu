@@ -5,11 +5,10 @@
 //     dL/da_i = T_i g . c_i - S_i / (1 - a_i),
 //     dL/dm_i = alpha_i dL/da_i,      dL/dalpha_i = m_i dL/da_i,      dL/dc_i = a_i T_i g.
 // A warp takes a bucket of 32 splats of one tile's list, starts from the forward's checkpoint (T and colour in front of
-// the bucket, hence S) and repeats the forward's decisions bit for bit. Two shapes of the same sums:
-//     backward_pixels  a lane owns one pixel of each subtile; after each splat the warp adds its lanes up
-//     backward_splats  a lane owns a splat; pixels flow from lane to lane
-// Both write the ten sums of every instance of the bucket to sums[instance], and the bucket that ends the tile's part
-// that was looked at writes zeros for the rest of its list. No atomics.
+// the bucket, hence S) and repeats the forward's decisions bit for bit. In `backward_pixels` a lane owns one pixel of
+// each subtile, and after each splat the warp adds its lanes up. The ten sums of every instance of the bucket go to
+// sums[instance], and the bucket that ends the tile's part that was looked at writes zeros for the rest of its list. No
+// atomics.
 // finish_rows adds up each splat's instances in their order and turns moments into gradients of the row.
 //
 // Buffers of the forward: rasterize.cu. d_transmittance may be null.
@@ -133,7 +132,7 @@ __device__ __forceinline__ void clear_rest(const Lists& lists, const Bucket& buc
     }
 }
 
-// --- a lane owns pixels -----------------------------------------------------------------------------------------------
+// --- from pixels to instances -----------------------------------------------------------------------------------------
 
 constexpr int BLOCKS_PER_SM = 5;                // leaves 96 registers to a thread
 constexpr int GATHERED = WARP / NUM_SUMS;       // splats whose sums are added over the warp together
@@ -322,97 +321,6 @@ backward_pixels(const float* __restrict__ rows, const int2* __restrict__ ranges,
         }
     }
     if (num_gathered > 0) write_gathered(shared, num_gathered, instance_of_row, sums);
-    clear_rest(lists, bucket, sums);
-}
-
-// --- a lane owns a splat ----------------------------------------------------------------------------------------------
-
-struct FlowShared {
-    float4 g[TILE_PIXELS];                      // g and S of the pixels of the living subtiles, one after the other
-    float light[TILE_PIXELS];
-    int subtiles[SUBTILES];                     // which subtiles these are
-};
-
-// Fill `flow` with the pixels in front of the bucket; returns how many there are.
-__device__ __forceinline__ int stage_pixels(const Lists& lists, const Image& image, const Bucket& bucket, int index,
-                                            FlowShared& flow) {
-    const int lane = lane_index();
-    const unsigned alive = lists.alive[index * SUBTILES + lane % SUBTILES];
-    int count = 0;
-    for (int subtile = 0; subtile < SUBTILES; ++subtile) {
-        const unsigned its_alive = __shfl_sync(ALL_LANES, alive, subtile);
-        if (its_alive == 0) continue;
-        float light = 0.0f;
-        Gradient g = {0.0f, 0.0f, 0.0f, 0.0f};
-        if ((its_alive >> lane & 1) != 0) {
-            const float4 checkpoint = load_checkpoint(lists, index, subtile * WARP + lane);
-            light = checkpoint.x;
-            g = load_gradient(image, place_of(image, bucket, subtile, lane), checkpoint);
-        }
-        flow.g[count + lane] = make_float4(g.red, g.green, g.blue, g.behind);
-        flow.light[count + lane] = light;
-        if (lane == 0) flow.subtiles[count / WARP] = subtile;
-        count += WARP;
-    }
-    __syncwarp();
-    return count;
-}
-
-extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS)
-backward_splats(const float* __restrict__ rows, const int2* __restrict__ ranges, const int* __restrict__ list_rows,
-                const int* __restrict__ list_instances, const unsigned char* __restrict__ reached,
-                const int* __restrict__ ends, const int2* __restrict__ buckets, const unsigned* __restrict__ alive,
-                const float4* __restrict__ checkpoints, const int* __restrict__ counter, int bucket_capacity,
-                int first_row, int last_row, int columns, int width, const float* __restrict__ rgb,
-                const float* __restrict__ transmittance, const float* __restrict__ d_rgb,
-                const float* __restrict__ d_transmittance, float* __restrict__ sums) {
-    __shared__ FlowShared shared[BACKWARD_WARPS];
-    const Lists lists = {ranges, list_rows, list_instances, ends, reached, buckets, alive, checkpoints};
-    const Image image = {first_row, last_row, columns, width, rgb, transmittance, d_rgb, d_transmittance};
-    const int lane = lane_index(), index = blockIdx.x * BACKWARD_WARPS + warp_index();
-    Bucket bucket;
-    if (!find_bucket(lists, image, index, counter, bucket_capacity, bucket)) return;
-    FlowShared& flow = shared[warp_index()];
-    // A lane without a splat has one that no pixel sees.
-    Splat splat = {};
-    splat.log_opacity = -1e30f;
-    unsigned its_reached = 0;
-    if (lane < bucket.count) {
-        its_reached = lists.reached[bucket.first + lane];
-        splat = splat_of(load_row(rows, lists.rows[bucket.first + lane]));
-    }
-    const int num_pixels = stage_pixels(lists, image, bucket, index, flow);
-    float of_lane[NUM_SUMS] = {};
-    float light = 0.0f, behind = 0.0f;
-    // Step i: lane k has pixel i - k, which comes from lane k - 1; lane 0 takes it from the checkpoint.
-    for (int step = 0; num_pixels > 0 && step < num_pixels + WARP - 1; ++step) {
-        light = __shfl_up_sync(ALL_LANES, light, 1);
-        behind = __shfl_up_sync(ALL_LANES, behind, 1);
-        const int at = step - lane;
-        if (at < 0 || at >= num_pixels) continue;
-        const float4 colour = flow.g[at];
-        Gradient g = {colour.x, colour.y, colour.z, lane == 0 ? colour.w : behind};
-        if (lane == 0) light = flow.light[at];
-        behind = g.behind;
-        const int subtile = flow.subtiles[at / WARP];
-        if ((its_reached >> subtile & 1) == 0 || light <= 0.0f) continue;
-        const float dx = bucket.tile_x + pixel_x(subtile, at % WARP) + 0.5f - splat.x;
-        const float dy = bucket.tile_y + pixel_y(subtile, at % WARP) + 0.5f - splat.y;
-        const Pair pair = differentiate(splat, dx, dy, light, g);
-        behind = g.behind;
-        const float moment_x = pair.d_power * dx, moment_y = pair.d_power * dy;
-        of_lane[SUM_1] += pair.d_power;
-        of_lane[SUM_X] += moment_x;
-        of_lane[SUM_Y] += moment_y;
-        of_lane[SUM_XX] += moment_x * dx;
-        of_lane[SUM_XY] += moment_x * dy;
-        of_lane[SUM_YY] += moment_y * dy;
-        of_lane[SUM_RED] += pair.weight * g.red;
-        of_lane[SUM_GREEN] += pair.weight * g.green;
-        of_lane[SUM_BLUE] += pair.weight * g.blue;
-        of_lane[SUM_MASK] += pair.d_mask;
-    }
-    if (lane < bucket.count) write_sums(sums, lists.instances[bucket.first + lane], of_lane);
     clear_rest(lists, bucket, sums);
 }
 
