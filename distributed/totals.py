@@ -9,8 +9,9 @@ Letters: B views of the batch, W ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import accumulate
 
 import numpy as np
@@ -35,9 +36,14 @@ class StepNumbers:
     l1: float
     ssim: float
     num_pairs: int
-    pairs: tuple[np.ndarray, ...]
     owned: np.ndarray
     rows: tuple[int, ...]
+    pairs_of_views: Callable[[], tuple[np.ndarray, ...]]
+
+    @cached_property
+    def pairs(self) -> tuple[np.ndarray, ...]:
+        """Worked out when somebody asks, which in a world of one nobody does."""
+        return self.pairs_of_views()
 
     @property
     def num_splats(self) -> int:
@@ -107,9 +113,9 @@ class StepTotals:
             l1=float(values[0]) / num_views,
             ssim=float(values[1]) / num_views,
             num_pairs=int(drawn.sum()),
-            pairs=self._pairs_of_views(drawn),
             owned=owned.reshape(num_ranks, num_views).T.copy(),
             rows=tuple(rows.tolist()),
+            pairs_of_views=partial(self._pairs_of_views, drawn),
         )
 
     def _pairs_of_views(self, drawn: np.ndarray) -> tuple[np.ndarray, ...]:

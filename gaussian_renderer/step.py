@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -24,21 +25,20 @@ from distributed.pixels import PixelPartition, Region
 from distributed.totals import StepTotals
 from gaussian_renderer.gate import GateOfStep, gated
 from gaussian_renderer.phases import PhaseTimer
-from gaussian_renderer.views import KERNEL_ATTRIBUTES, gaussians_of, views_of
+from gaussian_renderer.views import KERNEL_ATTRIBUTES, gaussians_of
 from masksplat.ops import Body
-from masksplat.types import AdamStep, Optimizer, PhotometricLoss, ProjectionSettings, Splats, Statistics
-from scene.cameras import Camera
+from masksplat.types import AdamStep, Optimizer, PhotometricLoss, ProjectionSettings, Splats, Statistics, Views
 from scene.gaussians import GaussianTable
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step trains on: B cameras, a background (3,) for each, and who draws which pixels.
+    """What one step trains on: B views, a background (3,) for each, and who draws which pixels.
 
     photos: for each region of this rank, (h, w, 3) uint8 of the rows that it draws, halo included.
     """
 
-    cameras: Sequence[Camera]
+    views: Views
     backgrounds: Sequence[Tensor]
     partition: PixelPartition
     photos: Sequence[Tensor]
@@ -91,7 +91,7 @@ def draw_and_update(
     Args: gate: what stands between the table and the drawing; adam_steps: one for each of KERNEL_ATTRIBUTES.
     """
     body, phases = tools.body, tools.phases
-    views = views_of(batch.cameras, table.params["means"])
+    views = batch.views
     gaussians = gated(gaussians_of(table.params), settings.projection, gate)
     ids, bound = tools.ties if tools.ties is not None else (table.ids, None)
     with phases("project"):
@@ -139,22 +139,20 @@ def _draw_regions(tools: StepTools, received: Splats, batch: Batch, lambda_dssim
     """Forward and backward of every region of this rank, one after the other."""
     body, phases = tools.body, tools.phases
     d_received = torch.zeros_like(received.rows)
-    loss = torch.zeros(2, dtype=torch.float64, device=d_received.device)
-    pairs = []
+    losses, pairs = [], []
     regions = batch.partition.regions[tools.communicator.rank]
     for number, (region, photo) in enumerate(zip(regions, batch.photos, strict=True)):
-        camera = batch.cameras[region.view]
-        rows = region.drawn_rows(camera.height)
+        size, background = batch.views.sizes[region.view], batch.backgrounds[region.view]
         with phases("rasterize"):
-            size, background = (camera.width, camera.height), batch.backgrounds[region.view]
-            frame = body.rasterize(received, number, size, background, rows=rows)
+            frame = body.rasterize(received, number, size, background, rows=region.drawn_rows(size[1]))
         with phases("loss"):
-            part = _compare(body, frame.rgb, photo, region, camera.height, lambda_dssim)
-            loss += torch.stack([part.l1, part.ssim])
+            part = _compare(body, frame.rgb, photo, region, size[1], lambda_dssim)
+            losses.append(torch.stack([part.l1, part.ssim]))
         with phases("rasterize backward"):
             body.rasterize_backward(received, frame, part.d_rgb, d_received)
         pairs.append(frame.pairs_per_row)
-    return _Drawn(loss, pairs, d_received)
+    nothing = [] if losses else [torch.zeros(2, dtype=torch.float64, device=d_received.device)]
+    return _Drawn(reduce(torch.add, losses + nothing), pairs, d_received)
 
 
 def _compare(

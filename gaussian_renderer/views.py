@@ -28,3 +28,23 @@ def views_of(cameras: Sequence[Camera], like: Tensor) -> Views:
 def gaussians_of(params: Mapping[str, Tensor]) -> Gaussians:
     """The raw parameters of a table (no copy)."""
     return Gaussians(**{name: params[name] for name in KERNEL_ATTRIBUTES})
+
+
+class CameraTable:
+    """Cameras that are drawn again and again, as kernels read them: on the device once, nothing to send in a step."""
+
+    def __init__(self, cameras: Sequence[Camera], like: Tensor) -> None:
+        """In the dtype and on the device of `like`."""
+        self._all = views_of(cameras, like)
+
+    def views(self, numbers: Sequence[int]) -> Views:
+        """The cameras with these numbers, in this order."""
+        sizes = tuple(self._all.sizes[number] for number in numbers)
+        return Views(_rows(self._all.viewmats, numbers), _rows(self._all.intrinsics, numbers), sizes)
+
+
+def _rows(values: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Rows of a tensor by numbers of the host; one row without a copy."""
+    if len(numbers) == 1:
+        return values[numbers[0] : numbers[0] + 1]
+    return torch.stack([values[number] for number in numbers])

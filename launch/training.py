@@ -14,7 +14,7 @@ from distributed.numbering import OrderNumbers, order_numbers
 from distributed.transfer import sent_to
 from gaussian_renderer.phases import PhaseTimer, phase_timer
 from gaussian_renderer.step import Batch, StepSettings, StepTools
-from gaussian_renderer.views import KERNEL_ATTRIBUTES
+from gaussian_renderer.views import KERNEL_ATTRIBUTES, CameraTable
 from launch.bodies import choose_body, overflow_watch
 from launch.config import TrainConfig, pick, to_plain
 from launch.finetune import rate_factor
@@ -49,13 +49,14 @@ DROP_STREAM_STEP = 0
 class Training:
     """The parts of one training on this rank. Only `table`, `pixels` and `rows` change while it runs.
 
-    photos, test_photos: on the table's device. data: fingerprints of what is trained on. first_step: the step to begin
-    with, above 0 when a checkpoint is resumed.
+    cameras: those of the training views. photos, test_photos: on the table's device. data: fingerprints of what is
+    trained on. first_step: the step to begin with, above 0 when a checkpoint is resumed.
     """
 
     config: TrainConfig
     communicator: Communicator
     scene: Scene
+    cameras: CameraTable
     photos: DeviceImages
     test_photos: DeviceImages | None
     pixels: PixelShares
@@ -68,6 +69,7 @@ class Training:
     phases: PhaseTimer
     data: Mapping[str, str]
     first_step: int = 0
+    _plain_background: Tensor | None = None
     _ties: OrderNumbers | None = None
     _numbered: Tensor | None = None  # the ids that have these numbers
 
@@ -110,7 +112,7 @@ class Training:
             pixels = self.photos.fetch(views[region.view], *(() if is_whole else rows))
             photos.append(on_background(pixels, backgrounds[region.view]))
         self._prefetch(step + 1)
-        return Batch([self.scene.train[view] for view in views], backgrounds, partition, photos)
+        return Batch(self.cameras.views(views), backgrounds, partition, photos)
 
     def _prefetch(self, step: int) -> None:
         """Start to decode what this rank will draw in a step."""
@@ -130,7 +132,9 @@ class Training:
             first = self.window(step).first
             drawn = uniform(self.config.optimization.seed, first, channels, BACKGROUND, torch.float32)
             return sent_to(drawn.to(means.dtype), means.device)
-        return means.new_full((3,), float(self.config.model.white_background))
+        if self._plain_background is None:
+            self._plain_background = means.new_full((3,), float(self.config.model.white_background))
+        return self._plain_background
 
     @property
     def is_deferred(self) -> bool:
@@ -217,6 +221,7 @@ def build_training(
         config=config,
         communicator=communicator,
         scene=scene,
+        cameras=CameraTable(scene.train, table.params["means"]),
         photos=photos,
         test_photos=test_photos,
         pixels=pixels,

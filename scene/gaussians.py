@@ -9,6 +9,7 @@ Letters: N rows of this rank, K spherical-harmonics bases, (degree + 1)^2.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class AttributeSpec:
         return len(self.ply_columns) == math.prod(self.shape)
 
 
+@functools.cache
 def attributes_for(sh_degree: int) -> tuple[AttributeSpec, ...]:
     """The attributes of Gaussians with spherical harmonics up to `sh_degree` (0 to 3).
 

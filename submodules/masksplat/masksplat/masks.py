@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from masksplat.cpu.mask import sample_kernel, update_kernel
-from masksplat.random import MASK_SAMPLE, uniform, words
+from masksplat.random import MASK_SAMPLE, require_key, uniform
 from masksplat.types import AdamStep
 
 # Below these logits the derivative is 0 to the dtype's precision; exp(-logit) times 2^24 must not overflow.
@@ -46,7 +46,7 @@ def mask_sample(logits: Tensor, ids: Tensor, seed: int, step: int) -> MaskSample
     """
     if logits.dtype not in _LOWEST_LOGIT or logits.shape != ids.shape:
         raise ValueError(f"mask logits must be float32 or float64 of shape {tuple(ids.shape)}, got {logits.dtype}")
-    words(seed, step, torch.empty(0, dtype=ids.dtype), MASK_SAMPLE)  # refuses what is out of range
+    require_key(seed, step)
     source = logits.detach().contiguous()
     if _has_kernels(source):
         from masksplat.cuda import devices, mask

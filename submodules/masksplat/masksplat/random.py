@@ -110,6 +110,12 @@ def _require_range(name: str, value: int, bits: int) -> int:
     return int(value)
 
 
+def require_key(seed: int, step: int) -> None:
+    """Raises: ValueError for a seed outside 64 bits or a step outside 32."""
+    _require_range("seed", seed, 64)
+    _require_range("step", step, 32)
+
+
 def words(seed: int, step: int, ids: Tensor, stream: int) -> Tensor:
     """Four random 32-bit words per id.
 
