@@ -12,8 +12,10 @@ from launch.cli import parse_train
 from launch.config import TrainConfig, cfg_args_values, to_plain
 from launch.doctor import run_doctor
 from launch.late_steps import LateSteps
+from launch.memory import bytes_per_gaussian
 from launch.progress import TrainingProgress
 from launch.recorder import Recorder
+from launch.rescue import keeping_what_is_trained
 from launch.run import run_main, tee_output
 from launch.run_logs import open_logs
 from launch.start import Start, begin, find_start
@@ -83,14 +85,16 @@ def train(training: Training, folder: ModelFolder, start: Start) -> None:
         count, views = recorder.num_gaussians(), training.scene
         where = f" on {ranks.size} processes" if ranks.size > 1 else ""
         print(f"{len(views.train)} training and {len(views.test)} test views, {count:,} Gaussians to start with{where}")
+        print(f"a Gaussian takes {bytes_per_gaussian(training.table)} bytes with its moments and statistics")
         recorder.start()
         if start.checkpoint is not None:
             recorder.resume(start.checkpoint)
         late, step = LateSteps(training, recorder), training.first_step
-        while step < training.num_steps:
-            step = train_step(training, recorder, late, step)
+        with keeping_what_is_trained(training, recorder, late):
+            while step < training.num_steps:
+                step = train_step(training, recorder, late, step)
         seconds, count = recorder.end(), recorder.num_gaussians()
-    print(f"trained {iterations} images in {seconds:.1f} s, {count:,} Gaussians")
+    print(f"trained {iterations} images in {seconds:.1f} s, {count:,} Gaussians{recorder.gpu_peak.sentence()}")
 
 
 def train_step(training: Training, recorder: Recorder, late: LateSteps, step: int) -> int:

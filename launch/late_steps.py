@@ -76,7 +76,8 @@ class LateSteps:
         """Make room, and forget the steps from `step` on, which have changed nothing."""
         self._training.table.num_updates -= 1 + len(self._pending)
         self._pending.clear()
-        watch.recover()  # host sync
+        with self._training.phases.untimed("larger buffers"):
+            watch.recover()  # host sync
         return step
 
     def _finish(self, pending: _Pending, values: Tensor, late: list[Tensor]) -> None:

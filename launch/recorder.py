@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import psutil
 import torch
@@ -18,6 +19,7 @@ from distributed.totals import StepNumbers
 from launch.bodies import drawn_at_once
 from launch.config import to_plain
 from launch.evaluation import evaluate
+from launch.memory import GpuPeak, bytes_per_gaussian
 from launch.progress import TrainingProgress, gpu_memory_bytes
 from launch.run_logs import RunLogs
 from launch.sharing import Redistribution, shares_to_plain
@@ -58,6 +60,7 @@ class Recorder:
     progress: TrainingProgress
     train_seconds: float = 0.0
     peak_memory: int = 0
+    gpu_peak: GpuPeak = GpuPeak()
     untimed_images: int = 0
     _process: psutil.Process = field(default_factory=psutil.Process)
     _started: float = field(default_factory=time.perf_counter)
@@ -79,7 +82,10 @@ class Recorder:
         rows = [row[0] for row in ranks.gather_counts([len(training.table)])]
         threads = training.config.pipeline.threads
         config = to_plain(training.config)
-        self.logs.main.write("run", config=config, scene=entry, threads=threads, num_ranks=ranks.size, rows=rows)
+        each = bytes_per_gaussian(training.table)
+        self.logs.main.write(
+            "run", config=config, scene=entry, threads=threads, num_ranks=ranks.size, rows=rows, bytes_per_gaussian=each
+        )
         self._resumed = time.perf_counter()
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -87,6 +93,7 @@ class Recorder:
         clocks = checkpoint.state.clocks
         self.train_seconds = float(clocks.get("seconds", 0.0))
         self.peak_memory = int(clocks.get("peak_memory_bytes", 0))
+        self.gpu_peak = GpuPeak(*map(int, clocks.get("gpu_peak_bytes", (0, 0))))
         self.untimed_images = int(clocks.get("untimed_images", 0 if clocks else checkpoint.state.iteration))
         self.training.phases.seconds.update(clocks.get("phases", {}))
         iteration, path = checkpoint.state.iteration, str(checkpoint.path)
@@ -124,6 +131,18 @@ class Recorder:
         for iteration in _due(self.training.config.checkpoint.checkpoint_iterations, window):
             self._pause(lambda it: self._save_checkpoint(it, window, step), iteration)
 
+    def save_checkpoint(self, step: int) -> Path:
+        """A checkpoint behind `step`, which nobody has asked for; its folder. All ranks."""
+        window = self.training.window(step)
+        self._pause(lambda iteration: self._save_checkpoint(iteration, window, step), window.last)
+        return self.folder.checkpoints / str(window.last)
+
+    def save_model(self, step: int) -> Path:
+        """The model behind `step`, which nobody has asked for; its file. All ranks."""
+        iteration = min(self.training.window(step).last, self.training.config.optimization.iterations)
+        self._pause(self._save, iteration)
+        return self.folder.point_cloud(iteration)
+
     def edit(self, report: EditReport | None) -> None:
         """A line for an edit of the table, with the numbers of all ranks. All ranks."""
         if report is not None:
@@ -139,8 +158,11 @@ class Recorder:
             self.logs.history.write("redistribution", asdict(found), iteration=window.last)
 
     def end(self) -> float:
-        """The last line; returns the seconds of training."""
+        """The last line; returns the seconds of training. All ranks."""
         self._clock()
+        own = self.gpu_peak = self.gpu_peak.or_more(GpuPeak.now())
+        for row in self.training.communicator.gather_counts([own.allocated, own.reserved]):
+            self.gpu_peak = self.gpu_peak.or_more(GpuPeak(*row))
         iterations = self.training.config.optimization.iterations
         self.logs.main.write(
             "end",
@@ -148,6 +170,8 @@ class Recorder:
             total_seconds=time.perf_counter() - self._started,
             images_per_second=self._rate(iterations),
             peak_memory_bytes=self.peak_memory,
+            gpu_peak_bytes=self.gpu_peak.allocated,
+            gpu_peak_reserved_bytes=self.gpu_peak.reserved,
         )
         return self.train_seconds
 
@@ -163,7 +187,7 @@ class Recorder:
     def _pause(self, action: Callable[[int], None], iteration: int) -> None:
         """Run an action whose time is not training time."""
         self._clock()
-        with drawn_at_once(self.training.body):
+        with drawn_at_once(self.training.body), self.training.phases.untimed("measuring and saving"):
             action(iteration)
         self._resumed = time.perf_counter()
 
@@ -180,6 +204,7 @@ class Recorder:
         seconds, iteration = self._clock(), min(window.last, training.config.optimization.iterations)
         memory = self._process.memory_info().rss
         self.peak_memory = max(self.peak_memory, memory)
+        self.gpu_peak = self.gpu_peak.or_more(GpuPeak.now())
         self._expected = self._expected_count()
         self.logs.main.write(
             "step",
@@ -193,6 +218,8 @@ class Recorder:
             num_pairs=numbers.num_pairs,
             images_per_second=self._rate(iteration),
             memory_bytes=memory,
+            gpu_peak_bytes=self.gpu_peak.allocated,
+            gpu_peak_reserved_bytes=self.gpu_peak.reserved,
             seconds=seconds,
             **seen.learned,
         )
@@ -272,6 +299,7 @@ class Recorder:
         clocks = {
             "seconds": self.train_seconds,
             "peak_memory_bytes": self.peak_memory,
+            "gpu_peak_bytes": [self.gpu_peak.allocated, self.gpu_peak.reserved],
             "untimed_images": self.untimed_images,
             "phases": self.training.phases.read(),
         }

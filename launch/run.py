@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from distributed.communicator import PeerError
+from launch.shortage import GENERAL_WAYS, is_out_of_memory, shortage_text
 from scene.errors import InputError
 
 EXIT_INPUT_ERROR = 2
@@ -27,7 +28,7 @@ USER_ERRNOS = frozenset({errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, e
 def run_main(main: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None = None) -> NoReturn:
     """Calls `main` with the command line and exits with its status (None means 0).
 
-    InputError, and operating system errors that the user can mend (full disk, no permission), become one paragraph on
+    InputError, and errors that the user can mend (full disk, no permission, too little memory), become one paragraph on
     stderr and status 2; a rank whose peer failed ends with that status without a word. Ctrl-C becomes status 130. Any
     other exception is a defect and keeps its traceback.
     """
@@ -49,6 +50,10 @@ def run_main(main: Callable[[Sequence[str]], int | None], arguments: Sequence[st
         if error.errno not in USER_ERRNOS:
             raise
         exit_with_paragraph(f"{error.filename or 'a file'} cannot be used: {error.strerror}. Free space or change it.")
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        exit_with_paragraph(f"{shortage_text(error)}. Ways out: {GENERAL_WAYS}.")
     sys.exit(status or 0)
 
 
