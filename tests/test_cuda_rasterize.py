@@ -176,6 +176,44 @@ def test_lists_hold_hardly_more_than_the_tiles_that_a_splat_reaches(launcher, lo
     assert needed <= made <= 1.03 * needed + 5
 
 
+@pytest.mark.parametrize("size", [(70 * TILE, 20 * TILE), (9 * TILE + 5, 100 * TILE + 3)])
+def test_lists_with_splats_of_many_parts(launcher, size):
+    """Giants among small splats: instances are numbered splat by splat and lie by tile, depth and id."""
+    splats = projected(600, size, seed=50)
+    rng, number, (width, height) = np.random.default_rng(50), len(splats), size
+    for row in rng.choice(number, 40, replace=False):
+        splats.rows[row, 2:6] = torch.tensor([1e-6, 1e-7, 1e-6, 0.8])  # reaches everything in its box
+        first = rng.integers(0, [width // 2, height // 2])
+        splats.boxes[row] = torch.tensor([*first, *rng.integers(first + 1, size, endpoint=True)])
+        if rng.random() < 0.5:
+            splats.boxes[row] = torch.tensor([0, 0, *size])
+    splats.depths[:] = torch.from_numpy(rng.choice([1.0, 2.0, 3.0], number)).float()
+    expected = [
+        (y * -(-width // TILE) + x, splats.depths[row].item(), splats.ids[row].item())
+        for row, (x0, y0, x1, y1) in enumerate(splats.boxes.tolist())
+        for y in range(y0 // TILE, -(-y1 // TILE))
+        for x in range(x0 // TILE, -(-x1 // TILE))
+        if splats.rows[row, 2] == 1e-6
+    ]
+    there = moved(splats, device=launcher.device)
+    frame = Rasterizer(launcher).rasterize(there, 0, size, BACKGROUND.to(launcher.device))
+    kept, (made, in_use), tiles = frame.state.kept, frame.state.totals(), frame.state.region.num_tiles
+    rows, instances = (each.cpu().view(torch.int32)[:made].long() for each in (kept.rows, kept.instances))
+    tile_of = torch.repeat_interleave(
+        torch.arange(tiles), frame.state.zeros.ranges.cpu().view(torch.int32)[: 2 * tiles].view(-1, 2).diff()[:, 0]
+    )
+    assert in_use == number and len(tile_of) == made and torch.equal(instances.sort().values, torch.arange(made))
+    found = list(zip(tile_of.tolist(), splats.depths[rows].tolist(), splats.ids[rows].tolist(), strict=True))
+    assert found == sorted(found)
+    firsts = kept.first_instances.cpu().view(torch.int32)[: number + 1].long()
+    assert torch.equal(torch.searchsorted(firsts, instances, right=True) - 1, rows)
+    by_number = instances.argsort()
+    neighbours = rows[by_number].diff() == 0
+    assert bool((tile_of[by_number].diff()[neighbours] > 0).all())
+    giants = {splats.ids[row].item() for row in range(number) if splats.rows[row, 2] == 1e-6}
+    assert len(giants) == 40 and [each for each in found if each[2] in giants] == sorted(expected)
+
+
 def test_order_of_the_rows_changes_nothing_and_ids_break_ties(launcher):
     """Runs of equal depth, one longer than a thread, a warp and a block sort: images depend on the ids alone."""
     size, count = (40, 24), 900

@@ -26,7 +26,13 @@ DIGIT_BITS = 8
 DEPTH_PASSES = 4
 SUBTILES = 8
 CHECKPOINT_BYTES = 16 * TILE * TILE
-TOTAL_WORDS = 4
+TOTAL_WORDS = 5
+LEAST_INSTANCES_PER_PART = 15
+"""Splats of 17 instances and more make parts of 256 or what is left (source/totals.cuh): 1 / 17 + 1 / 256 < 1 / 15."""
+
+MOST_PART_BLOCKS = 528
+"""Blocks that deal with parts, one after the other: enough for any GPU to be full."""
+
 ALIGNMENT = 256
 MOST_TILES = 1 << 27
 
@@ -82,8 +88,6 @@ class Zeros(NamedTuple):
     tile_tickets: Tensor
     prepare_words: Tensor
     emit_words: Tensor
-    depth_words: Tensor
-    tile_words: Tensor
     pairs: Tensor  # (tile rows,) int64, returned to the user
 
 
@@ -93,6 +97,7 @@ class Kept(NamedTuple):
     rows: Tensor  # (instances,) int32 row of the view, by tile and depth
     instances: Tensor  # (instances,) int32 number of the instance
     first_instances: Tensor  # (most rows + 1,) int32
+    parts: Tensor  # (instances / LEAST_INSTANCES_PER_PART, 4) int32
     reached: Tensor  # (instances,) uint8
     ends: Tensor  # (tiles,) int32
     buckets: Tensor  # (buckets, 2) int32
@@ -108,6 +113,8 @@ class Scratch(NamedTuple):
     tiles: tuple[Tensor, Tensor]
     rows: Tensor
     instances: Tensor
+    depth_words: Tensor  # the kernels clear as much as they need
+    tile_words: Tensor
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,11 @@ def blocks_of(count: int, threads: int = THREADS) -> int:
     return -(-count // threads)
 
 
+def part_blocks(num_instances: int) -> int:
+    """Blocks of eight warps for the parts of as many instances; each warp takes one part after the other."""
+    return min(MOST_PART_BLOCKS, blocks_of(num_instances, SORT_CHUNK))
+
+
 def _aligned(size: int) -> int:
     return max(1, -(-size // ALIGNMENT)) * ALIGNMENT
 
@@ -145,7 +157,7 @@ def _tile_passes(num_tiles: int) -> tuple[int, int]:
     return passes, -(-bits // passes)
 
 
-def _make_zeros(region: Region, most: int, num_instances: int, device: torch.device) -> Zeros:
+def _make_zeros(region: Region, most: int, device: torch.device) -> Zeros:
     passes, _ = _tile_passes(region.num_tiles)
     sizes = (
         8 * region.num_tiles,
@@ -157,8 +169,6 @@ def _make_zeros(region: Region, most: int, num_instances: int, device: torch.dev
         4 * passes,
         8 * blocks_of(most),
         8 * blocks_of(most),
-        4 * DIGITS * DEPTH_PASSES * blocks_of(most, SORT_CHUNK),
-        4 * DIGITS * passes * blocks_of(num_instances, SORT_CHUNK),
     )
     pieces = [*map(_aligned, sizes), 8 * region.tile_rows]
     cut = torch.zeros(sum(pieces), dtype=torch.uint8, device=device).split(pieces)
@@ -170,6 +180,7 @@ def _make_kept(region: Region, most: int, num_instances: int, num_buckets: int, 
         4 * num_instances,
         4 * num_instances,
         4 * (most + 1),
+        16 * blocks_of(num_instances, LEAST_INSTANCES_PER_PART),
         num_instances if num_buckets else 0,
         4 * region.num_tiles,
         8 * num_buckets,
@@ -180,10 +191,14 @@ def _make_kept(region: Region, most: int, num_instances: int, num_buckets: int, 
     return Kept(*torch.empty(sum(pieces), dtype=torch.uint8, device=device).split(pieces))
 
 
-def _make_scratch(most: int, num_instances: int, device: torch.device) -> Scratch:
-    pieces = [_aligned(4 * most)] * 4 + [_aligned(4 * num_instances)] * 4
+def _make_scratch(region: Region, most: int, num_instances: int, device: torch.device) -> Scratch:
+    passes, _ = _tile_passes(region.num_tiles)
+    sizes = [4 * most] * 4 + [4 * num_instances] * 4
+    sizes.append(4 * DIGITS * DEPTH_PASSES * blocks_of(most, SORT_CHUNK))
+    sizes.append(4 * DIGITS * passes * blocks_of(num_instances, SORT_CHUNK))
+    pieces = [*map(_aligned, sizes)]
     cut = torch.empty(sum(pieces), dtype=torch.uint8, device=device).split(pieces)
-    return Scratch((cut[0], cut[1]), (cut[2], cut[3]), (cut[4], cut[5]), cut[6], cut[7])
+    return Scratch((cut[0], cut[1]), (cut[2], cut[3]), (cut[4], cut[5]), *cut[6:])
 
 
 def make_tile_lists(
@@ -201,11 +216,11 @@ def make_tile_lists(
     if region.num_tiles > MOST_TILES:
         raise ValueError(f"{region.num_tiles} tiles, and at most {MOST_TILES} fit: render in strips of rows")
     device = launcher.device
-    zeros = _make_zeros(region, view.most, num_instances, device)
+    zeros = _make_zeros(region, view.most, device)
     kept = _make_kept(region, view.most, num_instances, num_buckets, device)
     lists = TileLists(region, zeros, kept, num_instances, num_buckets)
     if view.most > 0 and region.num_tiles > 0:
-        scratch = _make_scratch(view.most, num_instances, device)
+        scratch = _make_scratch(region, view.most, num_instances, device)
         _prepare(launcher, view, lists, scratch, status)
         _sort_by_depth(launcher, view, lists, scratch)
         _sort_by_tile(launcher, view, lists, scratch)
@@ -217,7 +232,8 @@ def _prepare(launcher: Launcher, view: ViewRows, lists: TileLists, scratch: Scra
     launcher(
         "binning.prepare", blocks_of(view.most), THREADS, view.rows, view.boxes, view.depths, view.in_use,
         np.int32(view.most), *lists.region.arguments(), np.int32(lists.num_instances), scratch.keys[0],
-        lists.kept.first_instances, zeros.depth_histograms, zeros.prepare_words, zeros.totals, status,
+        lists.kept.first_instances, zeros.depth_histograms, scratch.depth_words,
+        np.int32(blocks_of(view.most, SORT_CHUNK)), zeros.prepare_words, zeros.totals, status,
     )  # fmt: skip
 
 
@@ -229,7 +245,7 @@ def _sort_by_depth(launcher: Launcher, view: ViewRows, lists: TileLists, scratch
         launcher(
             "radix_sort.sort_one", blocks_of(view.most, SORT_CHUNK), THREADS, scratch.keys[here], scratch.keys[there],
             scratch.orders[here] if number > 0 else None, scratch.orders[there], zeros.totals, zeros.depth_histograms,
-            zeros.depth_words, zeros.depth_tickets, np.int32(number), np.int32(DIGIT_BITS),
+            scratch.depth_words, zeros.depth_tickets, np.int32(number), np.int32(DIGIT_BITS),
         )  # fmt: skip
     launcher(
         "radix_sort.order_ties", blocks_of(view.most), THREADS, scratch.keys[0], scratch.orders[0], view.ids,
@@ -246,15 +262,21 @@ def _sort_by_tile(launcher: Launcher, view: ViewRows, lists: TileLists, scratch:
         rows, instances = rows[::-1], instances[::-1]
     launcher(
         "binning.emit", blocks_of(view.most), THREADS, view.rows, view.boxes, scratch.orders[0], kept.first_instances,
-        *lists.region.arguments(), scratch.tiles[0], rows[0], instances[0], zeros.tile_histograms, np.int32(passes),
-        np.int32(bits), zeros.emit_words, zeros.totals,
+        *lists.region.arguments(), scratch.tiles[0], rows[0], instances[0], kept.parts, zeros.tile_histograms,
+        np.int32(passes), np.int32(bits), scratch.tile_words, np.int32(blocks_of(lists.num_instances, SORT_CHUNK)),
+        zeros.emit_words, zeros.totals,
+    )  # fmt: skip
+    launcher(
+        "binning.emit_parts", part_blocks(lists.num_instances), THREADS, view.rows, view.boxes, kept.first_instances,
+        kept.parts, *lists.region.arguments(), scratch.tiles[0], rows[0], instances[0], zeros.tile_histograms,
+        np.int32(passes), np.int32(bits), zeros.totals,
     )  # fmt: skip
     for number in range(passes):
         here, there = number % 2, 1 - number % 2
         launcher(
             "radix_sort.sort_two", blocks_of(lists.num_instances, SORT_CHUNK), THREADS, scratch.tiles[here],
             scratch.tiles[there], rows[here], rows[there], instances[here], instances[there], zeros.totals,
-            zeros.tile_histograms, zeros.tile_words, zeros.tile_tickets, np.int32(number), np.int32(bits),
+            zeros.tile_histograms, scratch.tile_words, zeros.tile_tickets, np.int32(number), np.int32(bits),
         )  # fmt: skip
     launcher(
         "binning.tile_ranges", blocks_of(lists.num_instances), THREADS, scratch.tiles[passes % 2], zeros.totals,

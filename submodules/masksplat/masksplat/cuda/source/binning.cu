@@ -4,8 +4,12 @@
 // An instance is a (splat, tile) pair of the region. Instances are numbered splat by splat in the order of the rows, so
 // that a splat's gradient rows are neighbours; they are emitted in depth order and then sorted by tile, stably.
 //   prepare        per row: number of instances, number of its first instance, depth key; per view: totals
-//   emit           per splat in depth order: tile, row and number of each instance
+//   emit           per splat in depth order: tile, row and number of each instance, or its parts (totals.cuh)
+//   emit_parts     the same for the instances of parts
 //   tile_ranges    per tile: first and one past the last place in the sorted list
+//
+// Sizes are unequal: a splat may cover one tile or all of them. So rows of tiles of tall splats are counted by all of a
+// block's lanes in groups, and large splats are emitted in parts by all warps of the device.
 //
 // A region is (first pixel row, one past the last, tile columns); tile rows start at its first row.
 
@@ -20,8 +24,11 @@ constexpr int DIGITS = 256;
 constexpr int DEPTH_PASSES = 4;
 constexpr int MOST_TILE_PASSES = 4;
 
-constexpr int FEW_ROWS = 4;                     // a lane counts so many rows of tiles by itself, a warp more
-constexpr int FEW_TILES = 16;                   // a lane emits so many tiles by itself, a warp more
+constexpr int FEW_ROWS = 4;                     // a lane counts so many rows of tiles by itself, a group more
+constexpr int GROUP = 8;                        // lanes
+constexpr int GROUPS = THREADS / GROUP;
+constexpr int SORT_CHUNK = 2048;                // keys of a block of radix_sort.cu
+constexpr int PARTS_SHIFT = 32;                 // in a scanned word: instances below, parts above
 constexpr int OWNER_SHIFT = 27;                 // a staged instance: lane of its splat, and tile below
 
 struct Region {
@@ -81,42 +88,60 @@ __device__ __forceinline__ Footprint footprint_of_row(const float* row, bool is_
     return footprint;
 }
 
-__device__ __forceinline__ TileBox broadcast(const TileBox& box, int lane) {
-    return {__shfl_sync(ALL_LANES, box.x0, lane), __shfl_sync(ALL_LANES, box.y0, lane),
-            __shfl_sync(ALL_LANES, box.x1, lane), __shfl_sync(ALL_LANES, box.y1, lane),
-            __shfl_sync(ALL_LANES, box.x, lane), __shfl_sync(ALL_LANES, box.y, lane)};
-}
-
-__device__ __forceinline__ Footprint broadcast(const Footprint& f, int lane) {
-    return {__shfl_sync(ALL_LANES, f.at, lane), __shfl_sync(ALL_LANES, f.det, lane),
-            __shfl_sync(ALL_LANES, f.b, lane), __shfl_sync(ALL_LANES, f.inverse_a, lane),
-            __shfl_sync(ALL_LANES, f.dy_max, lane), __shfl_sync(ALL_LANES, f.dy_star, lane)};
-}
-
-// Tiles that each lane's splat reaches; splats of many rows are counted by the whole warp.
-__device__ __forceinline__ int count_tiles(const TileBox& box, const Footprint& footprint, const Region& region) {
-    const int rows = num_tile_rows(box, region), first = first_tile_row(box, region);
+// Tiles in every `step`-th of the tile rows from `first` up to `last`.
+__device__ __forceinline__ int tiles_of_rows(const TileBox& box, const Footprint& footprint, const Region& region,
+                                             int first, int last, int step) {
     int count = 0;
-    if (rows <= FEW_ROWS) {
-        for (int row = first; row < first + rows; ++row) {
-            const int2 columns = columns_of_row(box, footprint, region, row);
-            count += columns.y - columns.x;
-        }
-    }
-    for (unsigned tall = __ballot_sync(ALL_LANES, rows > FEW_ROWS); tall != 0; tall &= tall - 1) {
-        const int lane = __ffs(tall) - 1;
-        const TileBox its_box = broadcast(box, lane);
-        const Footprint its_footprint = broadcast(footprint, lane);
-        const int its_rows = num_tile_rows(its_box, region), its_first = first_tile_row(its_box, region);
-        int sum = 0;
-        for (int row = lane_index(); row < its_rows; row += WARP) {
-            const int2 columns = columns_of_row(its_box, its_footprint, region, its_first + row);
-            sum += columns.y - columns.x;
-        }
-        sum = warp_sum(sum);
-        if (lane_index() == lane) count = sum;
+    for (int row = first; row < last; row += step) {
+        const int2 columns = columns_of_row(box, footprint, region, row);
+        count += columns.y - columns.x;
     }
     return count;
+}
+
+// Splats of a block that are too tall for one lane.
+struct TallSplats {
+    int number;                                 // 0 at first
+    int threads[THREADS];                       // whose splats they are, in any order
+    int counts[THREADS];                        // by thread: tiles of its splat
+};
+
+// Tiles that the splat of the tall[k]-th thread reaches, by a group of lanes. All lanes of the warp call it.
+__device__ __forceinline__ void count_tall(const float* rows, const int* boxes, const Region& region, int k,
+                                           TallSplats& tall) {
+    const int member = threadIdx.x % GROUP, owner = k < tall.number ? tall.threads[k] : -1;
+    int sum = 0;
+    if (owner >= 0) {
+        const float* row = rows + owner * NUM_ROW_COLUMNS;
+        const TileBox box = load_box(row, boxes + owner * 4, region);
+        const int first = first_tile_row(box, region), num_rows = num_tile_rows(box, region);
+        const Footprint footprint = footprint_of_row(row, !box_suffices(box, num_rows));
+        sum = tiles_of_rows(box, footprint, region, first + member, first + num_rows, GROUP);
+    }
+#pragma unroll
+    for (int step = GROUP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
+    if (owner >= 0 && member == 0) tall.counts[owner] = sum;
+}
+
+// Tiles that each thread's splat reaches. `rows` and `boxes` are those of the block's first splat. Barriers are inside.
+__device__ __forceinline__ int count_tiles(const float* rows, const int* boxes, const TileBox& box,
+                                           const Region& region, TallSplats& tall) {
+    const int num_rows = num_tile_rows(box, region), first = first_tile_row(box, region);
+    const bool is_tall = num_rows > FEW_ROWS;
+    int count = 0;
+    if (is_tall) {
+        tall.threads[atomicAdd(&tall.number, 1)] = threadIdx.x;
+    } else if (num_rows > 0) {
+        const float* row = rows + threadIdx.x * NUM_ROW_COLUMNS;
+        const Footprint footprint = footprint_of_row(row, !box_suffices(box, num_rows));
+        count = tiles_of_rows(box, footprint, region, first, first + num_rows, 1);
+    }
+    __syncthreads();
+    for (int base = 0; base < tall.number; base += GROUPS) {
+        count_tall(rows, boxes, region, base + threadIdx.x / GROUP, tall);
+    }
+    __syncthreads();
+    return is_tall ? tall.counts[threadIdx.x] : count;
 }
 
 // Count a digit in shared memory; when the whole warp has the same one, as the high digits of depths do, only once.
@@ -137,26 +162,40 @@ __device__ __forceinline__ void add_histogram(const unsigned* counts, int size, 
     }
 }
 
+// Zeros for the `words` of (passes, blocks_capacity, DIGITS) of the first `blocks` blocks of a sort; thread `at` of
+// `num_threads`.
+__device__ __forceinline__ void clear_sort_words(unsigned* words, int passes, int blocks_capacity, int blocks, int at,
+                                                 int num_threads) {
+    for (int pass = 0; pass < passes; ++pass) {
+        unsigned* of_pass = words + static_cast<long long>(pass) * blocks_capacity * DIGITS;
+        for (int k = at; k < blocks * DIGITS; k += num_threads) of_pass[k] = 0;
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS)
 prepare(const float* __restrict__ rows, const int* __restrict__ boxes, const float* __restrict__ depths,
         const int* __restrict__ num_splats, int most_splats, int first_row, int last_row, int columns,
         int instance_capacity, unsigned* __restrict__ keys, int* __restrict__ first_instances,
-        unsigned* __restrict__ depth_histogram, Word* words, int* totals, int* status) {
+        unsigned* __restrict__ depth_histogram, unsigned* __restrict__ sort_words, int sort_blocks, Word* words,
+        int* totals, int* status) {
     __shared__ unsigned counts[DEPTH_PASSES * DIGITS];
+    __shared__ TallSplats tall;
     __shared__ Word partial[WARPS];
     __shared__ Word before;
     __shared__ int ticket;
     for (int at = threadIdx.x; at < DEPTH_PASSES * DIGITS; at += THREADS) counts[at] = 0;
+    if (threadIdx.x == 0) tall.number = 0;
     const int block = take_ticket(totals + TOTAL_TICKETS, &ticket);
     const int total = num_splats == nullptr ? most_splats : min(*num_splats, most_splats);
     if (block * THREADS >= total) return;
-    const int splat = block * THREADS + threadIdx.x;
+    const int first = block * THREADS, splat = first + threadIdx.x;
     const bool is_splat = splat < total;
+    clear_sort_words(sort_words, DEPTH_PASSES, sort_blocks, divide_up(total, SORT_CHUNK), splat,
+                     divide_up(total, THREADS) * THREADS);
     const Region region = {first_row, last_row, columns};
     TileBox box = {0, 0, 0, 0, 0.0f, 0.0f};
     if (is_splat) box = load_box(rows + splat * NUM_ROW_COLUMNS, boxes + splat * 4, region);
-    const bool is_cut = is_splat && !box_suffices(box, num_tile_rows(box, region));
-    const int count = count_tiles(box, footprint_of_row(rows + splat * NUM_ROW_COLUMNS, is_cut), region);
+    const int count = count_tiles(rows + first * NUM_ROW_COLUMNS, boxes + first * 4, box, region, tall);
     const unsigned key = is_splat ? __float_as_uint(depths[splat]) : 0;
     if (is_splat) keys[splat] = key;
     const unsigned active = __ballot_sync(ALL_LANES, is_splat);
@@ -204,18 +243,17 @@ __device__ __forceinline__ void count_tile(unsigned* counts, const TileDigits& d
     }
 }
 
-// Instances of the lanes that have few: made by each lane into `staged`, written by the warp together.
+// Instances of the warp's splats, `count` <= FEW_TILES each: made by each lane into `staged`, written together.
 __device__ __forceinline__ void emit_small(const TileBox& box, const Footprint& footprint, const Region& region,
                                            int count, int row, int instance, int place, unsigned* staged,
                                            unsigned* counts, const TileDigits& digits, const Output& out) {
     const int lane = lane_index();
-    const int own = count <= FEW_TILES ? count : 0;
-    const int through = warp_inclusive_sum(own);
+    const int through = warp_inclusive_sum(count);
     const int total = __shfl_sync(ALL_LANES, through, WARP - 1);
-    int at = through - own;
+    int at = through - count;
     // From the place in `staged` to the place in the lists, and to the number of the instance.
     const int to_place = place - at, to_instance = instance - at;
-    if (own > 0) {
+    if (count > 0) {
         const int first = first_tile_row(box, region), rows = num_tile_rows(box, region);
         for (int tile_row = first; tile_row < first + rows; ++tile_row) {
             const int2 columns = columns_of_row(box, footprint, region, tile_row);
@@ -239,35 +277,12 @@ __device__ __forceinline__ void emit_small(const TileBox& box, const Footprint& 
     __syncwarp();
 }
 
-// Instances of one splat that has many, by the whole warp: spans of 32 rows at a time, then row by row.
-__device__ __forceinline__ void emit_large(const TileBox& box, const Footprint& footprint, const Region& region,
-                                           int row, int instance, int place, unsigned* counts,
-                                           const TileDigits& digits, const Output& out) {
-    const int lane = lane_index();
-    const int first = first_tile_row(box, region), rows = num_tile_rows(box, region);
-    for (int base = 0; base < rows; base += WARP) {
-        int2 columns = make_int2(0, 0);
-        if (base + lane < rows) columns = columns_of_row(box, footprint, region, first + base + lane);
-        for (int k = 0; k < min(WARP, rows - base); ++k) {
-            const int left = __shfl_sync(ALL_LANES, columns.x, k), right = __shfl_sync(ALL_LANES, columns.y, k);
-            for (int start = left; start < right; start += WARP) {
-                const bool is_used = start + lane < right;
-                const unsigned tile = (first + base + k) * region.columns + start + lane;
-                const int step = start - left + lane;
-                if (is_used) write_instance(out, place + step, tile, row, instance + step);
-                count_tile(counts, digits, tile, __ballot_sync(ALL_LANES, is_used));
-            }
-            place += right - left;
-            instance += right - left;
-        }
-    }
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS)
 emit(const float* __restrict__ rows, const int* __restrict__ boxes, const unsigned* __restrict__ order,
      const int* __restrict__ first_instances, int first_row, int last_row, int columns, unsigned* __restrict__ tiles,
-     unsigned* __restrict__ list_rows, unsigned* __restrict__ list_instances, unsigned* __restrict__ tile_histogram,
-     int tile_passes, int tile_bits, Word* words, int* totals) {
+     unsigned* __restrict__ list_rows, unsigned* __restrict__ list_instances, int4* __restrict__ parts,
+     unsigned* __restrict__ tile_histogram, int tile_passes, int tile_bits, unsigned* __restrict__ sort_words,
+     int sort_blocks, Word* words, int* totals) {
     __shared__ unsigned counts[MOST_TILE_PASSES * DIGITS];
     __shared__ unsigned staged[WARPS][WARP * FEW_TILES];
     __shared__ Word partial[WARPS];
@@ -282,26 +297,83 @@ emit(const float* __restrict__ rows, const int* __restrict__ boxes, const unsign
     const int splat = is_splat ? order[rank] : 0;
     const int instance = is_splat ? first_instances[splat] : 0;
     const int count = is_splat ? first_instances[splat + 1] - instance : 0;
+    clear_sort_words(sort_words, tile_passes, sort_blocks, divide_up(totals[TOTAL_INSTANCES], SORT_CHUNK), rank,
+                     divide_up(total, THREADS) * THREADS);
+    const int num_parts = count > FEW_TILES ? divide_up(count, PART) : 0;
     Word sum;
-    const Word inside = block_exclusive_sum<THREADS>(Word(count), partial, sum);
+    const Word own = Word(num_parts) << PARTS_SHIFT | Word(count);
+    const Word inside = block_exclusive_sum<THREADS>(own, partial, sum);
     if (warp_index() == 0) {
         const Word earlier = sum_before_block(words, block, sum);
         if (lane_index() == 0) before = earlier;
     }
     __syncthreads();
+    const int place = int(unsigned(before + inside)), part = int((before + inside) >> PARTS_SHIFT);
+    for (int k = 0; k < num_parts; ++k) {
+        parts[part + k] = make_int4(splat, place + k * PART, instance + k * PART, min(PART, count - k * PART));
+    }
+    if (rank == total - 1) totals[TOTAL_PARTS] = part + num_parts;
     const Region region = {first_row, last_row, columns};
     TileBox box = {0, 0, 0, 0, 0.0f, 0.0f};
-    if (count > 0) box = load_box(rows + splat * NUM_ROW_COLUMNS, boxes + splat * 4, region);
-    const bool is_cut = count > 0 && !box_suffices(box, num_tile_rows(box, region));
+    const bool is_small = count > 0 && num_parts == 0;
+    if (is_small) box = load_box(rows + splat * NUM_ROW_COLUMNS, boxes + splat * 4, region);
+    const bool is_cut = is_small && !box_suffices(box, num_tile_rows(box, region));
     const Footprint footprint = footprint_of_row(rows + splat * NUM_ROW_COLUMNS, is_cut);
-    const int place = int(before + inside);
-    const Output out = {tiles, list_rows, list_instances};
-    const TileDigits digits = {tile_passes, tile_bits};
-    emit_small(box, footprint, region, count, splat, instance, place, staged[warp_index()], counts, digits, out);
-    for (unsigned large = __ballot_sync(ALL_LANES, count > FEW_TILES); large != 0; large &= large - 1) {
-        const int lane = __ffs(large) - 1;
-        emit_large(broadcast(box, lane), broadcast(footprint, lane), region, __shfl_sync(ALL_LANES, splat, lane),
-                   __shfl_sync(ALL_LANES, instance, lane), __shfl_sync(ALL_LANES, place, lane), counts, digits, out);
+    emit_small(box, footprint, region, is_small ? count : 0, splat, instance, place, staged[warp_index()], counts,
+               {tile_passes, tile_bits}, {tiles, list_rows, list_instances});
+    __syncthreads();
+    add_histogram(counts, tile_passes * DIGITS, tile_histogram);
+}
+
+// Instances of one part, by a warp: spans of 32 rows of tiles at a time, then 32 instances at a time.
+__device__ __forceinline__ void emit_part(const int4& part, int first_instance, const TileBox& box,
+                                          const Footprint& footprint, const Region& region, unsigned* counts,
+                                          const TileDigits& digits, const Output& out) {
+    const int lane = lane_index(), splat = part.x;
+    const int first = first_tile_row(box, region), rows = num_tile_rows(box, region);
+    // Of the splat's instances, this part has [begin, end).
+    const int begin = part.z - first_instance, end = begin + part.w;
+    int before = 0;                             // instances of the rows so far
+    for (int base = 0; base < rows && before < end; base += WARP) {
+        int2 columns = make_int2(0, 0);
+        if (base + lane < rows) columns = columns_of_row(box, footprint, region, first + base + lane);
+        const int through = before + warp_inclusive_sum(columns.y - columns.x);
+        const int shift = columns.y - through;  // from an instance's number to its column
+        const int stop = min(end, __shfl_sync(ALL_LANES, through, WARP - 1));
+        for (int start = max(before, begin); start < stop; start += WARP) {
+            const int number = start + lane;
+            int row = 0;                        // rows of these that end before it
+#pragma unroll
+            for (int step = WARP / 2; step > 0; step /= 2) {
+                if (__shfl_sync(ALL_LANES, through, row + step - 1) <= number) row += step;
+            }
+            const bool is_used = number < stop;
+            const unsigned tile = (first + base + row) * region.columns + number + __shfl_sync(ALL_LANES, shift, row);
+            if (is_used) write_instance(out, part.y + number - begin, tile, splat, first_instance + number);
+            count_tile(counts, digits, tile, __ballot_sync(ALL_LANES, is_used));
+        }
+        before = __shfl_sync(ALL_LANES, through, WARP - 1);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+emit_parts(const float* __restrict__ rows, const int* __restrict__ boxes, const int* __restrict__ first_instances,
+           const int4* __restrict__ parts, int first_row, int last_row, int columns, unsigned* __restrict__ tiles,
+           unsigned* __restrict__ list_rows, unsigned* __restrict__ list_instances,
+           unsigned* __restrict__ tile_histogram, int tile_passes, int tile_bits, const int* __restrict__ totals) {
+    __shared__ unsigned counts[MOST_TILE_PASSES * DIGITS];
+    const int num_parts = totals[TOTAL_PARTS];
+    if (int(blockIdx.x) * WARPS >= num_parts) return;
+    for (int at = threadIdx.x; at < tile_passes * DIGITS; at += THREADS) counts[at] = 0;
+    __syncthreads();
+    const Region region = {first_row, last_row, columns};
+    for (int index = blockIdx.x * WARPS + warp_index(); index < num_parts; index += gridDim.x * WARPS) {
+        const int4 part = parts[index];
+        const float* row = rows + part.x * NUM_ROW_COLUMNS;
+        const TileBox box = load_box(row, boxes + part.x * 4, region);
+        const Footprint footprint = footprint_of_row(row, !box_suffices(box, num_tile_rows(box, region)));
+        emit_part(part, first_instances[part.x], box, footprint, region, counts, {tile_passes, tile_bits},
+                  {tiles, list_rows, list_instances});
     }
     __syncthreads();
     add_histogram(counts, tile_passes * DIGITS, tile_histogram);
