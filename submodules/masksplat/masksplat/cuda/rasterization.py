@@ -21,12 +21,13 @@ from masksplat.cuda.tile_lists import (
     blocks_of,
     check_float32,
     make_tile_lists,
+    part_blocks,
     view_rows,
 )
 from masksplat.types import NUM_ROW_COLUMNS, Frame, Splats
 
 BACKWARD_WARPS = 4
-FINISH_THREADS = 128
+FINISH_SPLATS, FINISH_THREADS = 64, 320
 
 
 class Rasterizer:
@@ -91,9 +92,12 @@ class Rasterizer:
             *lists.region.arguments(), np.int32(lists.region.width), frame.rgb, frame.transmittance,
             d_rgb.contiguous(), None if d_transmittance is None else d_transmittance.contiguous(), sums,
         )  # fmt: skip
+        self.launcher(
+            "rasterize_backward.sum_parts", part_blocks(lists.num_instances), THREADS, kept.parts, zeros.totals, sums
+        )
         first, last = splats.view_range(frame.view)
         self.launcher(
-            "rasterize_backward.finish_rows", blocks_of(packed.most, FINISH_THREADS), FINISH_THREADS,
+            "rasterize_backward.finish_rows", blocks_of(packed.most, FINISH_SPLATS), FINISH_THREADS,
             packed.rows, kept.first_instances, zeros.totals, sums,
             d_rows if len(d_rows) == packed.most else d_rows[first:last],
         )  # fmt: skip

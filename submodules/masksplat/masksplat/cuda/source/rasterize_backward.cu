@@ -9,7 +9,8 @@
 // each subtile, and after each splat the warp adds its lanes up. The ten sums of every instance of the bucket go to
 // sums[instance], and the bucket that ends the tile's part that was looked at writes zeros for the rest of its list. No
 // atomics.
-// finish_rows adds up each splat's instances in their order and turns moments into gradients of the row.
+// sum_parts adds up the instances of each part of a large splat (totals.cuh), finish_rows those of each splat or its
+// parts in their order, and turns moments into gradients of the row.
 //
 // Buffers of the forward: rasterize.cu. d_transmittance may be null.
 
@@ -326,72 +327,75 @@ backward_pixels(const float* __restrict__ rows, const int2* __restrict__ ranges,
 
 // --- from instances to splats -----------------------------------------------------------------------------------------
 
-constexpr int FINISH_THREADS = 128;
-constexpr int FEW_INSTANCES = 16;               // added by one lane; more by the warp
+constexpr int PAIRS = NUM_SUMS / 2;             // a lane adds up one of the five pairs of a row: rows are read as they lie
+constexpr int PART_WARPS = 8;
+constexpr int LANES_IN_USE = WARP / PAIRS * PAIRS;
+constexpr int FINISH_SPLATS = 64;
+constexpr int FINISH_THREADS = FINISH_SPLATS * PAIRS;
 
-struct Sums {
-    float2 pairs[NUM_SUMS / 2];
-};
-
-__device__ __forceinline__ void add_instance(const float* sums, int instance, Sums& total) {
-    const float2* from = reinterpret_cast<const float2*>(sums + static_cast<long long>(instance) * NUM_SUMS);
+// The sum over each part takes the place of its first row in `sums`.
+extern "C" __global__ void __launch_bounds__(PART_WARPS * WARP)
+sum_parts(const int4* __restrict__ parts, const int* __restrict__ totals, float2* sums) {
+    const int num_parts = totals[TOTAL_PARTS], lane = lane_index();
+    for (int index = blockIdx.x * PART_WARPS + warp_index(); index < num_parts; index += gridDim.x * PART_WARPS) {
+        const int4 part = parts[index];
+        float2* its_sums = sums + static_cast<long long>(part.z) * PAIRS;
+        float2 sum = make_float2(0.0f, 0.0f);
+        if (lane < LANES_IN_USE) {
+#pragma unroll 4
+            for (int k = lane; k < part.w * PAIRS; k += LANES_IN_USE) {
+                sum.x += its_sums[k].x;
+                sum.y += its_sums[k].y;
+            }
+        }
+        // Lanes k, k + 5, ..., k + 25 have the same pair.
+        float2 total = sum;
 #pragma unroll
-    for (int k = 0; k < NUM_SUMS / 2; ++k) {
-        const float2 pair = from[k];
-        total.pairs[k].x += pair.x;
-        total.pairs[k].y += pair.y;
+        for (int from = PAIRS; from < LANES_IN_USE; from += PAIRS) {
+            total.x += __shfl_down_sync(ALL_LANES, sum.x, from);
+            total.y += __shfl_down_sync(ALL_LANES, sum.y, from);
+        }
+        if (lane < PAIRS) its_sums[lane] = total;
     }
 }
 
-// Add the gradient of a row to d_row.
-__device__ __forceinline__ void finish_row(const Row& row, const Sums& sums, float* d_row) {
-    const float2 of_1_x = sums.pairs[0], of_y_xx = sums.pairs[1], of_xy_yy = sums.pairs[2];
-    const float a = row.conic_ab.x, b = row.conic_ab.y, c = row.conic_c_opacity.x;
-    const float2 added[NUM_SUMS / 2] = {
-        {a * of_1_x.y + b * of_y_xx.x, b * of_1_x.y + c * of_y_xx.x},
-        {-0.5f * of_y_xx.y, -of_xy_yy.x},
-        {-0.5f * of_xy_yy.y, of_1_x.x / row.conic_c_opacity.y},
-        sums.pairs[3],
-        sums.pairs[4],
-    };
-    float2* out = reinterpret_cast<float2*>(d_row);
-#pragma unroll
-    for (int k = 0; k < NUM_SUMS / 2; ++k) {
-        const float2 before = out[k];
-        out[k] = make_float2(before.x + added[k].x, before.y + added[k].y);
-    }
+// Pair `pair` of the gradient of a row from all its sums.
+__device__ __forceinline__ float2 gradient_of_row(const float2* row, const float2* sums, int pair) {
+    const float2 conic_ab = row[CONIC_A / 2], conic_c_opacity = row[CONIC_C / 2];
+    const float a = conic_ab.x, b = conic_ab.y, c = conic_c_opacity.x;
+    const float2 of_1_x = sums[0], of_y_xx = sums[1], of_xy_yy = sums[2];
+    if (pair == 0) return make_float2(a * of_1_x.y + b * of_y_xx.x, b * of_1_x.y + c * of_y_xx.x);
+    if (pair == 1) return make_float2(-0.5f * of_y_xx.y, -of_xy_yy.x);
+    if (pair == 2) return make_float2(-0.5f * of_xy_yy.y, of_1_x.x / conic_c_opacity.y);
+    return sums[pair];
 }
 
-// first_instances (splats + 1), totals: binning.cu. sums (instances, 10); d_rows (splats, 10) is added to.
+// first_instances (splats + 1), totals: binning.cu. sums (instances, 10): as sum_parts leaves them. d_rows (splats, 10)
+// is added to.
 extern "C" __global__ void __launch_bounds__(FINISH_THREADS)
-finish_rows(const float* __restrict__ rows, const int* __restrict__ first_instances, const int* __restrict__ totals,
-            const float* __restrict__ sums, float* __restrict__ d_rows) {
-    const int splat = blockIdx.x * FINISH_THREADS + threadIdx.x, lane = lane_index();
-    const int num_splats = totals[TOTAL_SPLATS], num_instances = totals[TOTAL_INSTANCES];
-    if (splat - lane >= num_splats || num_instances == 0) return;
+finish_rows(const float2* __restrict__ rows, const int* __restrict__ first_instances, const int* __restrict__ totals,
+            const float2* __restrict__ sums, float2* __restrict__ d_rows) {
+    __shared__ float2 shared[FINISH_THREADS];
+    const int first_splat = blockIdx.x * FINISH_SPLATS, splat = first_splat + threadIdx.x / PAIRS;
+    const int pair = threadIdx.x % PAIRS, num_splats = totals[TOTAL_SPLATS];
+    if (first_splat >= num_splats || totals[TOTAL_INSTANCES] == 0) return;
     int first = 0, last = 0;
     if (splat < num_splats) {
         first = first_instances[splat];
         last = first_instances[splat + 1];
     }
-    Sums total = {};
-    const bool is_large = last - first > FEW_INSTANCES;
-    for (int instance = first; !is_large && instance < last; ++instance) add_instance(sums, instance, total);
-    for (unsigned large = __ballot_sync(ALL_LANES, is_large); large != 0; large &= large - 1) {
-        const int owner = __ffs(large) - 1;
-        const int stop = __shfl_sync(ALL_LANES, last, owner);
-        Sums part = {};
-        for (int instance = __shfl_sync(ALL_LANES, first, owner) + lane; instance < stop; instance += WARP) {
-            add_instance(sums, instance, part);
-        }
-#pragma unroll
-        for (int k = 0; k < NUM_SUMS / 2; ++k) {
-            part.pairs[k].x = warp_sum(part.pairs[k].x);
-            part.pairs[k].y = warp_sum(part.pairs[k].y);
-        }
-        if (lane == owner) total = part;
+    const int step = last - first > FEW_TILES ? PART : 1;
+    float2 total = make_float2(0.0f, 0.0f);
+    for (int instance = first; instance < last; instance += step) {
+        const float2 more = sums[static_cast<long long>(instance) * PAIRS + pair];
+        total.x += more.x;
+        total.y += more.y;
     }
-    if (last > first) {
-        finish_row(load_row(rows, splat), total, d_rows + static_cast<long long>(splat) * NUM_ROW_COLUMNS);
-    }
+    shared[threadIdx.x] = total;
+    __syncthreads();
+    if (last == first) return;
+    const long long place = static_cast<long long>(splat) * PAIRS;
+    const float2 added = gradient_of_row(rows + place, shared + threadIdx.x - pair, pair);
+    const float2 before = d_rows[place + pair];
+    d_rows[place + pair] = make_float2(before.x + added.x, before.y + added.y);
 }
