@@ -18,9 +18,11 @@ def add_statistics(statistics: Statistics, views: Views, splats: Splats, d_rows:
 
     Args: d_rows: (M, 10) gradient of the loss by the packed rows, of which the first two columns count.
     """
-    for view, (width, height) in enumerate(views.sizes):
-        part = slice(*splats.view_range(view))
-        in_ndc = d_rows[part, :2] * d_rows.new_tensor([0.5 * width, 0.5 * height])
-        norms = torch.linalg.vector_norm(in_ndc, dim=1).to(statistics.grad_norm_sum.dtype)
-        statistics.grad_norm_sum.index_add_(0, splats.gaussians[part].long(), norms)
-        statistics.view_count.add_((splats.slots[view] != SLOT_UNSEEN).to(statistics.view_count.dtype))
+    for slots, (width, height) in zip(splats.slots, views.sizes, strict=True):
+        statistics.view_count.add_((slots != SLOT_UNSEEN).to(statistics.view_count.dtype))
+        if len(d_rows) == 0:
+            continue
+        # By slots: rows that are not in use hold anything.
+        of_gaussians = d_rows[:, :2].index_select(0, slots.clamp(min=0))
+        norms = torch.linalg.vector_norm(of_gaussians * d_rows.new_tensor([0.5 * width, 0.5 * height]), dim=1)
+        statistics.grad_norm_sum.add_(norms.masked_fill_(slots < 0, 0.0).to(statistics.grad_norm_sum.dtype))
