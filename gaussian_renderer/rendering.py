@@ -59,10 +59,11 @@ def render_view(
     settings = ProjectionSettings(sh_degree=sh_degree, antialiased=antialiased)
     splats = body.project(gaussians_of(rows), views_of([camera], background), settings)
     size = (camera.width, camera.height)
-    frame = body.rasterize(splats, 0, size, background)
+    frame = body.rasterize(splats, 0, size, background, has_backward=False)
     alpha = 1.0 - frame.transmittance
-    depth = body.rasterize(_coloured_by_depth(splats), 0, size, torch.zeros_like(background)).rgb[..., 0]
-    return RenderedView(frame.rgb.clamp(0.0, 1.0), alpha, torch.where(alpha > 0, depth / alpha.clamp_min(1e-6), 0.0))
+    depth = body.rasterize(_coloured_by_depth(splats), 0, size, torch.zeros_like(background), has_backward=False).rgb
+    expected = torch.where(alpha > 0, depth[..., 0] / alpha.clamp_min(1e-6), 0.0)
+    return RenderedView(frame.rgb.clamp(0.0, 1.0), alpha, expected)
 
 
 def render_rgb(
@@ -77,7 +78,8 @@ def render_rgb(
     """Only the colours of `render_view`, (H, W, 3) in [0, 1]: half the work."""
     settings = ProjectionSettings(sh_degree=sh_degree, antialiased=antialiased)
     splats = body.project(gaussians_of(params), views_of([camera], background), settings)
-    return body.rasterize(splats, 0, (camera.width, camera.height), background).rgb.clamp(0.0, 1.0)
+    frame = body.rasterize(splats, 0, (camera.width, camera.height), background, has_backward=False)
+    return frame.rgb.clamp(0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def render_on_ranks(
     received = ExchangePlan.for_partition(communicator, splats, partition, sizes=views.sizes).forward(splats)
     if communicator.rank >= len(cameras):
         return None
-    return body.rasterize(received, 0, views.sizes[communicator.rank], background).rgb.clamp(0.0, 1.0)
+    frame = body.rasterize(received, 0, views.sizes[communicator.rank], background, has_backward=False)
+    return frame.rgb.clamp(0.0, 1.0)
 
 
 def _coloured_by_depth(splats: Splats) -> Splats:

@@ -8,7 +8,6 @@ MODEL/{train,test}/ours_N/depth/00000.png            with --depth: 16-bit, times
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from distributed.communicator import Communicator
 from gaussian_renderer.image_quality import to_8bit
+from gaussian_renderer.phases import PhaseTimer
 from gaussian_renderer.rendering import RenderedView, render_rgb, render_view
 from launch.bodies import choose_body
 from launch.cli import parse_render
@@ -164,7 +164,8 @@ def _render_split(
             write_json_atomically(place / "depth" / "scales.json", factors)
     if ranks.is_main and not flags.quiet:
         rate = len(indices) / max(seconds, 1e-9)
-        print(f"{len(indices)} {place.parent.name} views in {place}, drawn in {seconds:.2f} s ({rate:.1f} views/s)")
+        drawn = f"drawn in {seconds:.2f} s ({rate:.1f} views/s without reading and writing of files)"
+        print(f"{len(indices)} {place.parent.name} views in {place}, {drawn}")
     return len(indices)
 
 
@@ -177,22 +178,22 @@ def _draw_views(
     scales: Tensor,
 ) -> float:
     """Draw this rank's views, write their pictures, fill in the factors of depth; return the seconds of drawing."""
-    flags, indices, seconds = config.render, chosen_views(len(cameras), config.render), 0.0
+    flags, indices, clock = config.render, chosen_views(len(cameras), config.render), PhaseTimer()
     mine = range(ranks.rank, len(indices), ranks.size)
     is_shown = ranks.is_main and not flags.quiet
     bar = tqdm(mine, desc=f"rendering {place.parent.name}", unit="view", disable=not is_shown, dynamic_ncols=True)
     threads = threads_per_rank(config.pipeline.threads, ranks)
     with _open_photos(config, cameras, threads) as photos, PictureWriter(threads) as writer:
         photos.prefetch([indices[number] for number in mine])
+        if len(mine):
+            drawer.rgb(cameras[indices[mine[0]]])  # kernels are compiled or loaded now, not in the time of drawing
         for number in bar:
             index = indices[number]
-            name, start = _name(index), time.perf_counter()
-            if flags.depth or flags.alpha:
-                view = drawer.view(cameras[index])
-                rgb = view.rgb
-            else:
-                view, rgb = None, drawer.rgb(cameras[index])
-            seconds += time.perf_counter() - start
+            name = _name(index)
+            with clock("draw"):
+                view = drawer.view(cameras[index]) if flags.depth or flags.alpha else None
+                rgb = view.rgb if view is not None else drawer.rgb(cameras[index])
+                _wait_for(rgb.device)
             writer.write(place / "renders" / name, to_8bit(rgb))
             writer.write(place / "gt" / name, photos.fetch(index))
             if view is not None and flags.alpha:
@@ -201,7 +202,13 @@ def _draw_views(
                 scale = max(float(view.depth.max()), 1e-12) / DEPTH_LEVELS
                 writer.write(place / "depth" / name, _depth_levels(view.depth, scale))
                 scales[number] = scale
-    return seconds
+    return clock.seconds.get("draw", 0.0)
+
+
+def _wait_for(device: torch.device) -> None:
+    """Let a GPU finish: without it, the time of drawing would be that of queueing."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # host sync: time of a view
 
 
 def _name(index: int) -> str:

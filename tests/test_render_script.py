@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,9 @@ from PIL import Image
 from gaussian_renderer.rendering import render_view
 from launch.cli import parse_train
 from launch.config import RenderFlags, cfg_args_values, to_plain
-from launch.render_views import PictureWriter, chosen_views, main
+from launch.render_views import Drawer, PictureWriter, chosen_views, main
 from masksplat.ops import get_body
+from scene.cameras import Camera
 from scene.dataset import SceneOptions, load_scene
 from scene.errors import InputError
 from scene.model_folder import ModelFolder
@@ -118,6 +121,32 @@ def test_pictures_of_an_earlier_larger_set_are_removed(model: Path) -> None:
     Image.new("RGB", (8, 8)).save(stale)
     main(["-m", str(model), "--skip_train", *REFERENCE])
     assert not stale.exists()
+
+
+def test_the_rate_is_that_of_drawing_alone(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither kernels that are compiled at the first view nor files that are written count."""
+    draw, write, calls = Drawer.rgb, PictureWriter.write, []
+
+    def slow_at_first(drawer: Drawer, camera: Camera) -> torch.Tensor:
+        time.sleep(0.0 if calls else 1.0)
+        calls.append(camera)
+        return draw(drawer, camera)
+
+    def slow(writer: PictureWriter, path: Path, pixels: torch.Tensor) -> None:
+        time.sleep(0.25)
+        write(writer, path, pixels)
+
+    monkeypatch.setattr(Drawer, "rgb", slow_at_first)
+    monkeypatch.setattr(PictureWriter, "write", slow)
+    started = time.perf_counter()
+    assert main(["-m", str(model), "--skip_train", "--backend", "cpu", "--threads", "1"]) == 0
+    whole = time.perf_counter() - started
+    (found,) = re.findall(r"^2 test views in .*, drawn in ([\d.]+) s \(([\d.]+) views/s", capsys.readouterr().out, re.M)
+    assert len(calls) == 3
+    assert float(found[0]) < whole - 1.9, "1 s of compiling and 1 s of writing"
+    assert float(found[1]) > 0
 
 
 def test_chosen_views() -> None:

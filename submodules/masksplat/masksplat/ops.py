@@ -78,10 +78,12 @@ class Body(Protocol):
         background: Tensor,
         *,
         rows: tuple[int, int] | None = None,
+        has_backward: bool = True,
     ) -> Frame:
         """Composite the splats of `view` front to back over `background` (3,) in pixel rows `rows` (default all).
 
-        `size` is (width, height) of the whole view.
+        `size` is (width, height) of the whole view. Without `has_backward` a body may keep nothing for
+        `rasterize_backward`, which needs memory.
         """
 
     def rasterize_backward(

@@ -156,8 +156,9 @@ class CpuBody:
         background: Tensor,
         *,
         rows: tuple[int, int] | None = None,
+        has_backward: bool = True,
     ) -> Frame:
-        """See `Body.rasterize`."""
+        """See `Body.rasterize`; what the backward needs is small and always kept."""
         width, height = size
         span = rows if rows is not None else (0, height)
         lists, region = self._lists(splats, view, width, span)

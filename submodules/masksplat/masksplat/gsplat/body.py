@@ -119,14 +119,15 @@ class GsplatBody:
         background: Tensor,
         *,
         rows: tuple[int, int] | None = None,
+        has_backward: bool = True,
     ) -> Frame:
         """See `Body.rasterize`."""
         if self.masked:
-            return self.own.rasterize(splats, view, size, background, rows=rows)
+            return self.own.rasterize(splats, view, size, background, rows=rows, has_backward=has_backward)
         span = rows if rows is not None else (0, size[1])
         leaf = splats.rows[slice(*splats.view_range(view))].detach().requires_grad_()
         offsets, indices, per_row = self._tiles(splats, view, size[0], span)
-        with torch.enable_grad():
+        with torch.set_grad_enabled(has_backward):
             shift = leaf.new_tensor([0.0, float(span[0])])
             images, alphas = self.gsplat.rasterize_to_pixels(
                 (leaf[:, 0:2] - shift)[None], leaf[None, :, 2:5], leaf[None, :, 6:9], leaf[None, :, 5],

@@ -124,8 +124,12 @@ class ReferenceBody:
         background: Tensor,
         *,
         rows: tuple[int, int] | None = None,
+        has_backward: bool = True,
     ) -> Frame:
-        """Pixels of one view's rows; rgb and transmittance are differentiable in `splats.rows` and `background`."""
+        """Pixels of one view's rows; rgb and transmittance are differentiable in `splats.rows` and `background`.
+
+        What autograd keeps is decided by the inputs, not by `has_backward`.
+        """
         region = _region(size, rows)
         first, last = splats.view_range(view)
         padded = pad_rows(splats.rows[first:last])
