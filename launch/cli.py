@@ -35,6 +35,7 @@ from launch.flag_groups_process import (
 from launch.parser import Flag, build_parser, check_value, flags_of, notices_of, parse_given
 from launch.presets import setting_values
 from launch.prune_checks import check_pruning, flags_without_method, scaled_schedules, window_values
+from launch.size_price import price_iterations
 from scene.errors import InputError
 from scene.model_folder import ModelFolder, default_model_path
 
@@ -127,6 +128,8 @@ def parse_train(arguments: Sequence[str], environment: Mapping[str, str] = os.en
     groups: dict[str, Any] = {name: fill_group(group, values) for name, group in TRAIN_GROUPS.items()}
     config = TrainConfig(**groups, given=tuple(sorted(given)))
     _check_together(config)
+    tests = tuple(sorted({*config.logging.test_iterations, *price_iterations(config)}))
+    config = dataclasses.replace(config, logging=dataclasses.replace(config.logging, test_iterations=tests))
     return dataclasses.replace(config, notices=(*notices, *flags_without_method(config)))
 
 

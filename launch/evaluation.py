@@ -39,7 +39,7 @@ def evaluate(training: Training, window: Window) -> list[Measured]:
     All ranks call it and get the same numbers: a view is drawn and measured by one of them.
     """
     table = training.table
-    shard = Shard.existing(table.params, table.ids, training.strategy.keep(table))
+    shard = Shard.existing(training.strategy.final_params(table), table.ids, training.strategy.keep(table))
     measured = []
     if training.test_photos is not None:
         every = range(len(training.scene.test))

@@ -2,7 +2,8 @@
 """Pruning and finetuning of a trained model, as MaskGaussian's prune_finetune.py: the flags' values and rates.
 
 A trained model counts as one of 30 000 iterations: a ply begins there, so that spherical harmonics and the position's
-learning rate are where they were. Masks are learned for 5 000 iterations more, without density control. Needs no torch.
+learning rate are where they were. Masks are learned for 5 000 iterations more, without density control; the methods of
+LP-3DGS prune at once, or learn their mask in the first 500 iterations. Needs no torch.
 """
 
 from __future__ import annotations
@@ -33,12 +34,19 @@ def finetune_values(given: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "iterations": last,
         "position_lr_max_steps": USUAL_ITERATIONS,
-        "lambda_mask": FINETUNE_LAMBDA,
+        **({"lambda_mask": FINETUNE_LAMBDA} if given.get("prune_method", "mask") == "mask" else {}),
         "mask_from_iter": 0,
         "mask_until_iter": last,
         "disable_auto_densification": True,
+        "prune_iterations": (TRAINED_ITERATIONS,),
+        "prune_use_percent_iterations": (TRAINED_ITERATIONS + 1,),
         "test_iterations": given.get("test_iterations", tests),
     }
+
+
+def trained_before(config: TrainConfig) -> int:
+    """The iterations that the model a training starts from counts with, as far as the flags say so; 0 for none."""
+    return TRAINED_ITERATIONS if config.prune.prune_finetune or config.prune.start_pointcloud else 0
 
 
 def check_finetune(config: TrainConfig) -> None:
@@ -49,6 +57,8 @@ def check_finetune(config: TrainConfig) -> None:
         raise InputError(
             "--prune_finetune has no trained model: give one with --start_pointcloud FILE.ply or --start_checkpoint"
         )
+    if prune.prune_finetune and prune.scale_schedules:
+        raise InputError("--prune_finetune has schedules of its own; leave --scale_schedules out")
     if prune.start_pointcloud and start.start_checkpoint:
         raise InputError("--start_pointcloud and --start_checkpoint both say where to start; give one of them")
     if prune.start_pointcloud and config.optimization.iterations <= TRAINED_ITERATIONS:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from launch.config import TrainConfig
+from launch.finetune import trained_before
 from launch.flag_groups import DensityFlags, MaskFlags, OptimizationConfig, PruneFlags
 from launch.parser import flags_of
 from scene.errors import InputError
@@ -96,16 +97,15 @@ def _mode(config: TrainConfig) -> str:
 def _flags_read(config: TrainConfig) -> frozenset[str]:
     """The flags that decide how the chosen method prunes."""
     method, prune = config.mask.prune_method, config.prune
-    has_target = bool(prune.target_gaussians or prune.target_mb)
     if method == "mask":
         masks = {"lambda_mask", "mask_from_iter", "mask_until_iter", "mask_prune_iter", "setting"}
-        return TARGET_FLAGS | {"mask_lr"} | (frozenset() if has_target else frozenset(masks))
+        return TARGET_FLAGS | {"mask_lr"} | (frozenset() if has_target(config) else frozenset(masks))
     if method == "compact_3dgs":
         return WINDOW_FLAGS if learns_in_window(config) else _COMPACT_FLAGS
     if method in SCORES and prune.use_importance_mask:
         return WINDOW_FLAGS | {"lp_compat"}
     if method in SCORES:
-        share = frozenset[str]() if has_target else frozenset({"prune_percent"})
+        share = frozenset[str]() if has_target(config) else frozenset({"prune_percent"})
         return TARGET_FLAGS | {"prune_use_percent_iterations"} | share
     return frozenset()
 
@@ -119,6 +119,30 @@ def learns_in_window(config: TrainConfig) -> bool:
     return prune.use_importance_mask or (method == "compact_3dgs" and prune.mask_estimator == "gumbel")
 
 
+def has_target(config: TrainConfig) -> bool:
+    """Whether the model shall end at a given size."""
+    return bool(config.prune.target_gaussians or config.prune.target_mb)
+
+
+def last_prune(config: TrainConfig) -> int | None:
+    """The iteration behind which nothing is pruned any more; None for methods that prune to the end, or never."""
+    method, prune = config.mask.prune_method, config.prune
+    if learns_in_window(config):
+        return max(prune.prune_iterations) + prune.train_mask_iters
+    if method in SCORES:
+        return max(prune.prune_use_percent_iterations)
+    if method == "mask" and has_target(config):
+        first = target_start(config)
+        return first + (config.optimization.iterations - first) // 2
+    return None
+
+
+def target_start(config: TrainConfig) -> int:
+    """The iteration after which --prune_method mask begins to choose for a target size."""
+    density = config.density
+    return max(0 if density.disable_auto_densification else density.densify_until_iter, trained_before(config))
+
+
 def check_pruning(config: TrainConfig) -> None:
     """Raises: InputError for pruning flags that are fine alone and impossible together."""
     _check_method(config)
@@ -126,7 +150,7 @@ def check_pruning(config: TrainConfig) -> None:
         _check_windows(config)
     elif config.mask.prune_method in SCORES:
         _check_iterations(config)
-    if config.prune.target_gaussians or config.prune.target_mb:
+    if has_target(config):
         _check_target(config)
 
 
@@ -157,6 +181,12 @@ def _check_windows(config: TrainConfig) -> None:
         )
     if any(later - earlier < length for earlier, later in zip(starts, starts[1:], strict=False)):
         raise InputError(f"--prune_iterations {starts} are less than --train_mask_iters {length} apart")
+    before = trained_before(config)
+    if starts[0] < before:
+        raise InputError(
+            f"the mask window after --prune_iterations {starts[0]} lies before iteration {before}, which the model to "
+            f"start from counts with: nothing would be pruned; give --prune_iterations {before} or more"
+        )
     first = 0 if density.disable_auto_densification else density.densify_until_iter - 1
     if starts[0] < first:
         raise InputError(
@@ -167,16 +197,17 @@ def _check_windows(config: TrainConfig) -> None:
 
 def _check_iterations(config: TrainConfig) -> None:
     iterations, last = config.prune.prune_use_percent_iterations, config.optimization.iterations
-    if not any(1 <= each <= last for each in iterations):
+    before = trained_before(config)
+    if not any(before < each < last for each in iterations):
         raise InputError(
             f"--prune_method {config.mask.prune_method} prunes at --prune_use_percent_iterations {list(iterations)}, "
-            f"none of which lies within --iterations {last}: nothing would be pruned. Give other ones, or "
-            "--scale_schedules, or learn a mask with --use_importance_mask"
+            f"none of which lies behind {before} and before --iterations {last}, when the model is saved: nothing "
+            "would be pruned. Give other ones, or --scale_schedules, or learn a mask with --use_importance_mask"
         )
 
 
 def _check_target(config: TrainConfig) -> None:
-    method, prune, density = config.mask.prune_method, config.prune, config.density
+    method, prune = config.mask.prune_method, config.prune
     if prune.target_gaussians and prune.target_mb:
         raise InputError("--target_gaussians and --target_mb both say how large the model shall be; give one of them")
     if method not in ("mask", *SCORES) or prune.use_importance_mask:
@@ -184,7 +215,7 @@ def _check_target(config: TrainConfig) -> None:
             "a target size goes with --prune_method mask, rad_splat or mini_splatting, not with "
             f"{method}{_mode(config)}"
         )
-    ends = 0 if density.disable_auto_densification else density.densify_until_iter
+    ends = target_start(config)
     if method == "mask" and config.optimization.iterations - ends < SHORTEST_TARGET:
         raise InputError(
             f"a target size needs {SHORTEST_TARGET} iterations or more after density control: lower "

@@ -11,6 +11,7 @@ from distributed.communicator import Communicator
 from gaussian_renderer.scores import ScoreViews
 from launch.bodies import overflow_watch
 from launch.config import TrainConfig, pick
+from launch.finetune import trained_before
 from masksplat.ops import Body
 from scene.cameras import Camera
 from scene.errors import InputError
@@ -42,6 +43,7 @@ def choose_strategy(
         mask=pick(MaskConfig, config.mask),
         extent=extent,
         iterations=config.optimization.iterations,
+        first_iteration=trained_before(config),
         prune=replace(pick(PruneConfig, config.prune), target_gaussians=target_count(config)),
         ranks=communicator,
         score_views=score_views,

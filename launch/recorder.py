@@ -21,11 +21,13 @@ from launch.config import to_plain
 from launch.evaluation import evaluate
 from launch.memory import GpuPeak, bytes_per_gaussian
 from launch.progress import TrainingProgress, gpu_memory_bytes
+from launch.prune_checks import has_target
 from launch.run_logs import RunLogs
 from launch.sharing import Redistribution, shares_to_plain
 from launch.start import run_state
 from launch.training import Training
 from scene.checkpoint import Checkpoint, save_checkpoint
+from scene.gaussians import INITIAL_MASK_LOGIT
 from scene.model_folder import ModelFolder
 from scene.ply import save_ply
 from scene.row_edit import EditReport
@@ -196,7 +198,11 @@ class Recorder:
         table = self.training.table
         if self.training.config.mask.prune_method != "mask":
             return float(self.num_gaussians())
-        return self.training.total(float(torch.sigmoid(table.params["mask_logits"].double()).sum()))[0]
+        logits = table.params["mask_logits"].double()
+        probabilities = torch.sigmoid(logits)
+        if has_target(self.training.config):  # before and after its masks are learned, every Gaussian is certain
+            probabilities[logits == INITIAL_MASK_LOGIT] = 1.0
+        return self.training.total(float(probabilities.sum()))[0]
 
     def _write_step(self, window: Window, seen: Seen) -> None:
         """The lines of a log interval. All ranks."""
@@ -290,7 +296,7 @@ class Recorder:
     def _save(self, iteration: int) -> None:
         training, path = self.training, self.folder.point_cloud(iteration)
         keep = training.strategy.keep(training.table)
-        count = save_ply(path, training.table.params, keep=keep, ranks=training.communicator)
+        count = save_ply(path, training.strategy.final_params(training.table), keep=keep, ranks=training.communicator)
         name = str(path.relative_to(self.folder.path))
         self.logs.main.write("saved", iteration=iteration, path=name, num_gaussians=count)
         self.progress.message(f"[iteration {iteration}] saved {count:,} Gaussians to {path}")

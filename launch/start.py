@@ -21,6 +21,7 @@ from distributed.communicator import Communicator, PeerError
 from launch.config import TrainConfig, to_plain
 from launch.finetune import TRAINED_ITERATIONS
 from launch.parser import show_value
+from launch.prune_checks import last_prune
 from scene.checkpoint import Checkpoint, fingerprint, load_checkpoint, load_newest
 from scene.checkpoint_import import Imported, import_file, import_grendel_folder, is_grendel_folder
 from scene.checkpoint_manifest import MANIFEST, RunState, read_manifest
@@ -81,6 +82,12 @@ def find_start(config: TrainConfig, folder: ModelFolder, communicator: Communica
             f"Going on behind image {checkpoint.state.iteration} from {checkpoint.path}.",
             *_changes(checkpoint, config),
         ]
+        last = last_prune(config)
+        if not is_in_place and last is not None and checkpoint.state.iteration >= last:
+            notices.append(
+                f"Nothing will be pruned: the last prune of these flags is at iteration {last}, and the model stands "
+                f"behind {checkpoint.state.iteration}."
+            )
     return Start(checkpoint, is_in_place, tuple(notices))
 
 

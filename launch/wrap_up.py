@@ -10,6 +10,7 @@ from launch.config import RenderConfig, RenderFlags, TrainConfig
 from launch.measure import Measures, choose_measures, measure_model, print_results
 from launch.render_views import render_model
 from launch.report import write_report
+from launch.size_price import tell_price
 
 MOST_TRAIN_VIEWS = 12  # rendered for the report of a run without test views
 
@@ -35,6 +36,8 @@ def wrap_up(config: TrainConfig, ranks: Communicator, *, num_train: int, num_tes
         results = measure_model(model_path, mode, measures=measures, progress=is_shown, ranks=ranks)
         if is_shown:
             print_results(model_path, results)
+    if ranks.is_main and (price := tell_price(config)):
+        print(price)
     if not config.logging.report or not ranks.is_main:
         return None
     report = write_report(model_path)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -108,6 +108,14 @@ class Strategy(Protocol):
         """(N,) bool, the rows that exist for evaluation and in saved models. Deterministic."""
 
 
+@runtime_checkable
+class Settling(Protocol):
+    """A strategy whose factors are part of what is evaluated and saved while it learns them."""
+
+    def settled(self, table: GaussianTable) -> Mapping[str, Tensor]:
+        """The parameters, by name, that stand in for the table's; none where nothing is learned."""
+
+
 class CombinedStrategy:
     """Several strategies as one, in their order; at most one of them gates."""
 
@@ -134,6 +142,14 @@ class CombinedStrategy:
         """The edits of the first strategy, then those of the next, which sees the edited table."""
         for strategy in self.strategies:
             yield from strategy.after_step(table, window, seed)
+
+    def final_params(self, table: GaussianTable) -> dict[str, Tensor]:
+        """The parameters of all rows that are evaluated and saved, by name."""
+        params = dict(table.params)
+        for strategy in self.strategies:
+            if isinstance(strategy, Settling):
+                params.update(strategy.settled(table))
+        return params
 
     def keep(self, table: GaussianTable) -> Tensor:
         """(N,) bool, the rows that every strategy keeps."""

@@ -139,6 +139,10 @@ class LearnedMask:
             return torch.ones_like(table.ids, dtype=torch.bool)
         return ~self._below_threshold(table)
 
+    def settled(self, table: GaussianTable) -> dict[str, Tensor]:
+        """In a window, the opacities (and scales) that a prune would leave now; outside nothing."""
+        return self._settled(table) if IMPORTANCE in table.statistics else {}
+
     def _window_start(self, window: Window) -> int | None:
         """The prune iteration whose window of learning the step belongs to."""
         length = self.config.train_mask_iters

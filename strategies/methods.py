@@ -50,6 +50,7 @@ class _Parts:
     mask: MaskConfig
     prune: PruneConfig
     densify_until_iter: int
+    first_iteration: int
     iterations: int
     ranks: RankReducer | None
     score_views: ScorePass | None
@@ -63,6 +64,7 @@ def build_strategy(
     mask: MaskConfig,
     extent: float,
     iterations: int,
+    first_iteration: int = 0,
     prune: PruneConfig | None = None,
     ranks: RankReducer | None = None,
     score_views: ScorePass | None = None,
@@ -70,7 +72,8 @@ def build_strategy(
 ) -> CombinedStrategy:
     """Density control (absent when `density` is None) and one of PRUNE_METHODS; "3dgs" prunes nothing else.
 
-    Args: extent: the scene's extent in world units; iterations: the last image of the run; score_views: the pass over
+    Args: extent: the scene's extent in world units; iterations: the last image of the run; first_iteration: how many
+    images a model that is pruned afterwards was trained with before; score_views: the pass over
     the training views, which the scores' methods need; status: words of a device that say when nothing may be
     updated (`masksplat.masks.mask_update`).
     Raises: ValueError for another method, or values that do not go together.
@@ -78,7 +81,7 @@ def build_strategy(
     if prune_method not in PRUNE_METHODS:
         raise ValueError(f"--prune_method {prune_method!r} is unknown; choose one of {', '.join(PRUNE_METHODS)}")
     densify_until = density.densify_until_iter if density is not None else 0
-    parts = _Parts(mask, prune or PruneConfig(), densify_until, iterations, ranks, score_views, status)
+    parts = _Parts(mask, prune or PruneConfig(), densify_until, first_iteration, iterations, ranks, score_views, status)
     pruning = _pruning(prune_method, parts)
     strategies: list[Strategy] = []
     if density is not None:
@@ -101,11 +104,11 @@ def _pruning(prune_method: str, parts: _Parts) -> Strategy | None:
 
 
 def _masks(parts: _Parts) -> Strategy:
-    schedule: Any = {"iterations": parts.iterations, "densify_until_iter": parts.densify_until_iter}
+    common: Any = {"iterations": parts.iterations, "ranks": parts.ranks, "status": parts.status}
     if parts.prune.target_gaussians:
         config = TargetConfig(parts.prune.target_gaussians, parts.mask.mask_lr)
-        return TargetSize(config, **schedule, ranks=parts.ranks, status=parts.status)
-    return MaskPruning(parts.mask, **schedule, ranks=parts.ranks, status=parts.status)
+        return TargetSize(config, starts_after=max(parts.densify_until_iter, parts.first_iteration), **common)
+    return MaskPruning(parts.mask, densify_until_iter=parts.densify_until_iter, **common)
 
 
 def _compact(parts: _Parts) -> Strategy:

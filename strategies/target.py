@@ -54,9 +54,9 @@ class TargetConfig:
 class TargetSize:
     """Masks that end at a given number of Gaussians.
 
-    Args: iterations: the last image of the run; densify_until_iter: where density control ends; ranks: reductions over
-    all ranks; status: see `masksplat.masks.mask_update`.
-    Raises: ValueError when less than 20 iterations are left after densification.
+    Args: iterations: the last image of the run; starts_after: the image after which masks are learned, where density
+    control has ended; ranks: reductions over all ranks; status: see `masksplat.masks.mask_update`.
+    Raises: ValueError when less than 20 iterations are left.
     """
 
     def __init__(
@@ -64,21 +64,20 @@ class TargetSize:
         config: TargetConfig,
         *,
         iterations: int,
-        densify_until_iter: int,
+        starts_after: int,
         ranks: RankReducer | None = None,
         status: Tensor | None = None,
     ) -> None:
-        length = int(SHARE_OF_REST * (iterations - densify_until_iter))
+        length = int(SHARE_OF_REST * (iterations - starts_after))
         if length < NUM_PRUNES:
             raise ValueError(
                 f"a target size needs {int(NUM_PRUNES / SHARE_OF_REST)} iterations or more after density control; "
-                f"--iterations {iterations} and --densify_until_iter {densify_until_iter} leave "
-                f"{iterations - densify_until_iter}"
+                f"from {starts_after} to --iterations {iterations} there are {iterations - starts_after}"
             )
         self.config = config
         self._ranks = ranks if ranks is not None else OneRank()
-        self._prunes = tuple(densify_until_iter + length * k // NUM_PRUNES for k in range(1, NUM_PRUNES + 1))
-        self._learning = Schedule(densify_until_iter, self._prunes[-1], 1)
+        self._prunes = tuple(starts_after + length * k // NUM_PRUNES for k in range(1, NUM_PRUNES + 1))
+        self._learning = Schedule(starts_after, self._prunes[-1], 1)
         self._masks = MaskPruning(
             MaskConfig(mask_lr=config.mask_lr), iterations=0, densify_until_iter=1, ranks=self._ranks, status=status
         )

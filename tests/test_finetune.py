@@ -13,13 +13,21 @@ import numpy as np
 import pytest
 import torch
 
+import train
+from distributed.communicator import Communicator
+from gaussian_renderer.views import KERNEL_ATTRIBUTES
 from launch.cli import parse_train
 from launch.config import TrainConfig
-from launch.finetune import rate_factor
+from launch.finetune import rate_factor, trained_before
+from launch.log_reader import read_log
+from launch.prune_checks import last_prune
+from launch.training import build_training
 from scene.errors import InputError
 from scene.gaussians import GaussianTable, attributes_for
+from scene.model_folder import ModelFolder
 from scene.model_import import import_model
-from scene.ply import save_ply
+from scene.ply import load_ply, save_ply
+from strategies.schedule import Window
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,6 +53,46 @@ def test_the_flag_stands_for_the_published_settings() -> None:
     assert not parsed("").density.disable_auto_densification
 
 
+def test_other_methods_prune_a_trained_model_at_once() -> None:
+    scored = parsed("--prune_finetune --start_pointcloud a.ply --prune_method rad_splat")
+    assert scored.prune.prune_use_percent_iterations == (30_001,)
+    learned = parsed("--prune_finetune --start_pointcloud a.ply --prune_method rad_splat --use_importance_mask")
+    assert (learned.prune.prune_iterations, learned.mask.lambda_mask) == ((30_000,), 0.02)
+    assert parsed("--prune_finetune --start_pointcloud a.ply --prune_method compact_3dgs").mask.lambda_mask == 5e-4
+    assert trained_before(learned) == 30_000 and trained_before(parsed("--start_checkpoint a")) == 0
+    assert last_prune(learned) == 30_500 and last_prune(scored) == 30_001
+    assert last_prune(parsed("--prune_finetune --start_pointcloud a.ply --target_mb 3")) == 32_500
+    assert last_prune(parsed("")) is None
+
+
+def test_all_rates_but_that_of_the_centres_fall(any_scene: Path, tmp_path: Path) -> None:
+    config = parse_train(["-s", str(any_scene), "-m", str(tmp_path), *shlex.split("--prune_finetune --start_chec a")])
+    training = build_training(config, Communicator(), show_progress=False)
+    first, later = Window(30_001, 1), Window(30_801, 1)
+    rates = zip(training.adam_steps(first), training.adam_steps(later), strict=True)
+    ratios = dict(zip(KERNEL_ATTRIBUTES, (two.learning_rate / one.learning_rate for one, two in rates), strict=True))
+    assert ratios.pop("means") == pytest.approx(0.01 ** (800 / 35_000))
+    assert list(ratios.values()) == pytest.approx([0.95**2] * len(KERNEL_ATTRIBUTES[1:]))
+    assert training.mask_scaling(later).lr_factor / training.mask_scaling(first).lr_factor == pytest.approx(0.95**2)
+
+
+def test_a_trained_ply_is_pruned_and_finetuned(any_scene: Path, tmp_path: Path) -> None:
+    """From the ply of another training, through train.py: what is evaluated before the first step is that model."""
+    common = ["-s", str(any_scene), "--eval", "--quiet", "--no_report"]
+    assert train.main([*common, "-m", str(tmp_path / "a"), "--prune_method", "3dgs", "--iterations", "40"]) == 0
+    ply = ModelFolder.open(tmp_path / "a").point_cloud(40)
+    start = ["--prune_finetune", "--start_pointcloud", str(ply), "--mask_prune_iter", "10", "--iterations", "30030"]
+    masks = ["--lambda_mask", "3", "--mask_lr", "0.5"]
+    assert train.main([*common, "-m", str(tmp_path / "b"), *start, *masks]) == 0
+    log, count = read_log(tmp_path / "b" / "metrics.jsonl"), len(load_ply(ply)["means"])
+    assert [edit["iteration"] for edit in log.edits] == [30_010, 30_020, 30_030]
+    assert log.saved[-1]["num_gaussians"] < count == log.evaluations[0]["num_gaussians"]
+    before = read_log(tmp_path / "a" / "metrics.jsonl").evaluations[-1]
+    assert log.evaluations[0]["psnr"] == pytest.approx(before["psnr"], abs=1.0)
+    printed = (tmp_path / "b" / "train.log").read_text()
+    assert f"{ply} is a model without history: Adam starts anew" in printed and "another program" not in printed
+
+
 def test_rates_fall_by_a_twentieth_every_400_iterations() -> None:
     """Twelve times in 5 000 iterations, to 0.54."""
     config = parsed("--prune_finetune --start_pointcloud a.ply")
@@ -58,6 +106,16 @@ def test_rates_fall_by_a_twentieth_every_400_iterations() -> None:
     [
         ("--prune_finetune", "--prune_finetune has no trained model"),
         ("--start_pointcloud a.ply --start_checkpoint b --iterations 35000", "both say where to start"),
+        ("--prune_finetune --start_checkpoint a --scale_schedules", "has schedules of its own"),
+        (
+            "--start_pointcloud a --iterations 35000 --prune_method rad_splat --use_importance_mask",
+            "lies before iteration 30000, which the model to start from counts with",
+        ),
+        (
+            "--start_pointcloud a --iterations 35000 --prune_method rad_splat",
+            "none of which lies behind 30000 and before --iterations 35000, when the model is saved",
+        ),
+        ("--prune_finetune --start_pointcloud a --iterations 30015 --target_mb 1", "needs 20 iterations or more"),
         ("--start_pointcloud a.ply", "counts as one of 30000 iterations and --iterations is 30000"),
     ],
 )

@@ -26,7 +26,7 @@ def make_table() -> GaussianTable:
 
 
 def target(count: int, ranks: RankReducer | None = None) -> TargetSize:
-    return TargetSize(TargetConfig(count, mask_lr=0.08), iterations=LAST, densify_until_iter=UNTIL, ranks=ranks)
+    return TargetSize(TargetConfig(count, mask_lr=0.08), iterations=LAST, starts_after=UNTIL, ranks=ranks)
 
 
 def value(ids: torch.Tensor) -> torch.Tensor:
@@ -103,5 +103,5 @@ def test_a_run_goes_on_from_the_table_alone() -> None:
 def test_impossible_targets_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1 Gaussian"):
         TargetConfig(0)
-    with pytest.raises(ValueError, match="leave 10"):
-        TargetSize(TargetConfig(5), iterations=110, densify_until_iter=100)
+    with pytest.raises(ValueError, match="there are 10"):
+        TargetSize(TargetConfig(5), iterations=110, starts_after=100)
