@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from cuda_launchers import DEVICE, make_launcher
 from gaussian_renderer.phases import DevicePhaseTimer, PhaseTimer
 
 
@@ -94,7 +95,7 @@ def test_a_devices_time_is_read_late_and_never_waited_for() -> None:
 
 @pytest.mark.gpu
 def test_a_gpus_time_is_not_the_hosts() -> None:
-    values = torch.zeros(1 << 26, device="cuda")
+    values = torch.zeros(1 << 26, device=make_launcher(DEVICE).device)
     values.add_(1.0)
     torch.cuda.synchronize()
     host, device = PhaseTimer(), DevicePhaseTimer()
