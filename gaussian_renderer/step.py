@@ -138,7 +138,7 @@ class _Drawn:
 def _draw_regions(tools: StepTools, received: Splats, batch: Batch, lambda_dssim: float) -> _Drawn:
     """Forward and backward of every region of this rank, one after the other."""
     body, phases = tools.body, tools.phases
-    d_received = torch.zeros_like(received.rows)
+    d_received = torch.empty_like(received.rows)  # every row in use belongs to one region
     losses, pairs = [], []
     regions = batch.partition.regions[tools.communicator.rank]
     for number, (region, photo) in enumerate(zip(regions, batch.photos, strict=True)):
@@ -149,7 +149,7 @@ def _draw_regions(tools: StepTools, received: Splats, batch: Batch, lambda_dssim
             part = _compare(body, frame.rgb, photo, region, size[1], lambda_dssim)
             losses.append(torch.stack([part.l1, part.ssim]))
         with phases("rasterize backward"):
-            body.rasterize_backward(received, frame, part.d_rgb, d_received)
+            body.rasterize_backward(received, frame, part.d_rgb, d_received, overwrite=True)
         pairs.append(frame.pairs_per_row)
     nothing = [] if losses else [torch.zeros(2, dtype=torch.float64, device=d_received.device)]
     return _Drawn(reduce(torch.add, losses + nothing), pairs, d_received)

@@ -234,6 +234,32 @@ def test_order_of_the_rows_changes_nothing_and_ids_break_ties(launcher):
     assert torch.equal(frames[0].rgb, frames[1].rgb)
 
 
+@pytest.mark.parametrize("rows", [(0, 40), (16, 25), (5, 5)])
+@pytest.mark.parametrize("name", ["cpu", "reference", "cuda"])
+def test_gradients_that_overwrite_are_those_that_are_added_to_zeros(launcher, name, rows):
+    """The rows of the other view stay as they are, and so do rows that are not in use."""
+    size = (35, 40)
+    splats = projected(60, size, seed=51, num_views=2)
+    body = {"cpu": CPU, "reference": REFERENCE}.get(name) or Rasterizer(launcher)
+    if name == "cuda":
+        splats = moved(splats, device=launcher.device)
+    d_rgb, d_light = (tensor.to(splats.rows.device) for tensor in loss_gradients(size, rows))
+    frame = body.rasterize(splats, 1, size, BACKGROUND.to(splats.rows.device), rows=rows)
+    added, written = torch.zeros_like(splats.rows), torch.full_like(splats.rows, torch.nan)
+    body.rasterize_backward(splats, frame, d_rgb, added, d_transmittance=d_light)
+    body.rasterize_backward(splats, frame, d_rgb, written, d_transmittance=d_light, overwrite=True)
+    first, last = splats.view_range(1)
+    assert torch.equal(written[first:last], added[first:last]) and bool(written[:first].isnan().all())
+    if name == "cuda":
+        in_use = (last - first) // 2
+        splats.counts = torch.tensor([first, in_use], dtype=torch.int32, device=launcher.device)
+        frame = body.rasterize(splats, 1, size, BACKGROUND.to(splats.rows.device), rows=rows)
+        written = torch.full_like(splats.rows, torch.nan)
+        body.rasterize_backward(splats, frame, d_rgb, written, overwrite=True)
+        is_written = ~written[first:last].isnan().any(dim=1)
+        assert rows[0] == rows[1] or (bool(is_written[:in_use].all()) and not bool(is_written[in_use:].any()))
+
+
 def rasterized(rasterizer: Rasterizer, splats: Splats, size) -> tuple[Frame, Tensor]:
     device = rasterizer.launcher.device
     frame = rasterizer.rasterize(splats, 0, size, BACKGROUND.to(device))

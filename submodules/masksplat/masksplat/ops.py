@@ -94,8 +94,13 @@ class Body(Protocol):
         d_rows: Tensor,
         *,
         d_transmittance: Tensor | None = None,
+        overwrite: bool = False,
     ) -> None:
-        """Add the gradient of a loss with d_rgb (h, w, 3) and d_transmittance (h, w) into `d_rows` (M, 10)."""
+        """Add the gradient of a loss with d_rgb (h, w, 3) and d_transmittance (h, w) into `d_rows` (M, 10).
+
+        With `overwrite` the view's rows become this gradient, whatever they held; what those that are not in use
+        (`Splats.counts`) hold afterwards is undefined.
+        """
 
     def photometric(
         self,

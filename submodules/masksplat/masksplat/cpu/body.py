@@ -189,6 +189,7 @@ class CpuBody:
         d_rows: Tensor,
         *,
         d_transmittance: Tensor | None = None,
+        overwrite: bool = False,
     ) -> None:
         """See `Body.rasterize_backward`."""
         state: _FrameState = frame.state
@@ -204,6 +205,8 @@ class CpuBody:
             lists.instances, state.region, _array(frame.rgb), _array(frame.transmittance), state.ends, _array(d_rgb),
             d_light, gradients,
         )  # fmt: skip
+        if overwrite:
+            d_rows[first:last] = 0.0
         self.team.run(sum_instances, self.num_tasks, lists.instance_offsets, gradients, _array(d_rows)[first:last])
 
     def photometric(

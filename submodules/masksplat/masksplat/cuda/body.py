@@ -159,9 +159,12 @@ class CudaBody:
         d_rows: Tensor,
         *,
         d_transmittance: Tensor | None = None,
+        overwrite: bool = False,
     ) -> None:
         """See `Body.rasterize_backward`."""
-        self.rasterizer.rasterize_backward(splats, frame, d_rgb, d_rows, d_transmittance=d_transmittance)
+        self.rasterizer.rasterize_backward(
+            splats, frame, d_rgb, d_rows, d_transmittance=d_transmittance, overwrite=overwrite
+        )
 
     def photometric(
         self,

@@ -70,6 +70,7 @@ class Rasterizer:
         d_rows: Tensor,
         *,
         d_transmittance: Tensor | None = None,
+        overwrite: bool = False,
     ) -> None:
         """See `Body.rasterize_backward`.
 
@@ -81,7 +82,10 @@ class Rasterizer:
             raise ValueError("this frame was made with has_backward=False; rasterize it with the default")
         check_float32(d_rgb=d_rgb, d_rows=d_rows, d_transmittance=d_transmittance)
         packed = view_rows(splats, frame.view)
+        first, last = splats.view_range(frame.view)
         if lists.region.num_tiles == 0 or packed.most == 0:
+            if overwrite:
+                d_rows[first:last] = 0.0
             return
         kept, zeros = lists.kept, lists.zeros
         sums = torch.empty((lists.num_instances, NUM_ROW_COLUMNS), dtype=torch.float32, device=self.launcher.device)
@@ -95,10 +99,9 @@ class Rasterizer:
         self.launcher(
             "rasterize_backward.sum_parts", part_blocks(lists.num_instances), THREADS, kept.parts, zeros.totals, sums
         )
-        first, last = splats.view_range(frame.view)
         self.launcher(
             "rasterize_backward.finish_rows", blocks_of(packed.most, FINISH_SPLATS), FINISH_THREADS,
-            packed.rows, kept.first_instances, zeros.totals, sums,
+            packed.rows, kept.first_instances, zeros.totals, sums, np.int32(overwrite),
             d_rows if len(d_rows) == packed.most else d_rows[first:last],
         )  # fmt: skip
 

@@ -167,17 +167,21 @@ class GsplatBody:
         d_rows: Tensor,
         *,
         d_transmittance: Tensor | None = None,
+        overwrite: bool = False,
     ) -> None:
         """See `Body.rasterize_backward`."""
         if self.masked:
-            self.own.rasterize_backward(splats, frame, d_rgb, d_rows, d_transmittance=d_transmittance)
+            self.own.rasterize_backward(
+                splats, frame, d_rgb, d_rows, d_transmittance=d_transmittance, overwrite=overwrite
+            )
             return
         state: _FrameState = frame.state
         outputs, gradients = [state.rgb], [d_rgb]
         if d_transmittance is not None:
             outputs, gradients = [*outputs, state.transmittance], [*gradients, d_transmittance]
         (d_leaf,) = torch.autograd.grad(outputs, state.rows, gradients, retain_graph=True)
-        d_rows[slice(*splats.view_range(frame.view))] += d_leaf
+        part = slice(*splats.view_range(frame.view))
+        d_rows[part] = d_leaf if overwrite else d_rows[part] + d_leaf
 
     def photometric(
         self,

@@ -159,8 +159,9 @@ class ReferenceBody:
         d_rows: Tensor,
         *,
         d_transmittance: Tensor | None = None,
+        overwrite: bool = False,
     ) -> None:
-        """Add the gradient of the splats' packed rows into `d_rows` (M, 10)."""
+        """Add the gradient of the splats' packed rows into `d_rows` (M, 10), or write it there."""
         lists, background = frame.state
         region = Region(d_rgb.shape[1], *frame.rows)
         first, last = splats.view_range(frame.view)
@@ -171,7 +172,7 @@ class ReferenceBody:
         for batch in tile_batches(lists, last - first):
             gradient = _batch_gradient(padded, batch, region, background.detach(), d_tiles[batch.tiles])
             total.index_add_(0, batch.splats.flatten(), gradient.flatten(0, 1))
-        d_rows[first:last] += total[:-1]
+        d_rows[first:last] = total[:-1] if overwrite else d_rows[first:last] + total[:-1]
 
     def photometric(
         self,

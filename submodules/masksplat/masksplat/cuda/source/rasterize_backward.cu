@@ -371,16 +371,16 @@ __device__ __forceinline__ float2 gradient_of_row(const float2* row, const float
 }
 
 // first_instances (splats + 1), totals: binning.cu. sums (instances, 10): as sum_parts leaves them. d_rows (splats, 10)
-// is added to.
+// is added to, or written when `overwrites`.
 extern "C" __global__ void __launch_bounds__(FINISH_THREADS)
 finish_rows(const float2* __restrict__ rows, const int* __restrict__ first_instances, const int* __restrict__ totals,
-            const float2* __restrict__ sums, float2* __restrict__ d_rows) {
+            const float2* __restrict__ sums, int overwrites, float2* __restrict__ d_rows) {
     __shared__ float2 shared[FINISH_THREADS];
     const int first_splat = blockIdx.x * FINISH_SPLATS, splat = first_splat + threadIdx.x / PAIRS;
     const int pair = threadIdx.x % PAIRS, num_splats = totals[TOTAL_SPLATS];
-    if (first_splat >= num_splats || totals[TOTAL_INSTANCES] == 0) return;
+    if (first_splat >= num_splats) return;
     int first = 0, last = 0;
-    if (splat < num_splats) {
+    if (splat < num_splats && totals[TOTAL_INSTANCES] > 0) {
         first = first_instances[splat];
         last = first_instances[splat + 1];
     }
@@ -393,9 +393,14 @@ finish_rows(const float2* __restrict__ rows, const int* __restrict__ first_insta
     }
     shared[threadIdx.x] = total;
     __syncthreads();
-    if (last == first) return;
+    if (splat >= num_splats || (last == first && overwrites == 0)) return;
     const long long place = static_cast<long long>(splat) * PAIRS;
-    const float2 added = gradient_of_row(rows + place, shared + threadIdx.x - pair, pair);
-    const float2 before = d_rows[place + pair];
-    d_rows[place + pair] = make_float2(before.x + added.x, before.y + added.y);
+    float2 gradient = make_float2(0.0f, 0.0f);
+    if (last > first) gradient = gradient_of_row(rows + place, shared + threadIdx.x - pair, pair);
+    if (overwrites == 0) {
+        const float2 before = d_rows[place + pair];
+        gradient.x += before.x;
+        gradient.y += before.y;
+    }
+    d_rows[place + pair] = gradient;
 }
