@@ -3,7 +3,8 @@
 
 Needs torch, numpy and masksplat only. A scene is random Gaussians, or the file of a trained model: a .ply in a 3DGS
 model folder, seen by a camera of its cameras.json, or a .pt holding packed splats {"rows", "boxes", "depths", "ids",
-"size"}. Kernel times are CUDA events around each launch; "forward" and "backward" are whole calls, queued back to back.
+"size"}. Trained scenes hold many sizes and a few splats that cover everything: `--giants 20 --spread 1`. Kernel times
+are CUDA events around each launch; "forward" and "backward" are whole calls, queued back to back.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from masksplat.ops import get_body
 from masksplat.types import Frame, Gaussians, ProjectionSettings, Splats, Views
 
 ROW_BYTES = 40
+FEW_TILES = 16
+"""Splats of more instances are dealt out in parts (source/totals.cuh)."""
 
 
 class TimedLauncher:
@@ -58,25 +61,32 @@ class TimedLauncher:
         return totals
 
 
-def random_splats(count: int, size: tuple[int, int], radius: float) -> Splats:
-    """`count` Gaussians all over the image, of about `radius` pixels, a fifth of them masked, as packed splats."""
+def random_splats(options: argparse.Namespace) -> Splats:
+    """Gaussians all over the image, a fifth of them masked, as packed splats; `main` says what the options mean.
+
+    Giants are faint, behind all others and neighbours in depth, as a sky is.
+    """
     generator = torch.Generator().manual_seed(0)
-    width, height = size
+    count, (width, height) = options.count, options.size
     focal = 1.1 * width
     depth = 2.0 + 4.0 * torch.rand(count, generator=generator)
+    is_giant = torch.arange(count) < options.giants
+    depth[is_giant] += 6.0
+    radius = options.radius * torch.exp(options.spread * torch.randn(count, generator=generator))
+    radius[is_giant] = 2.0 * max(width, height)
     pixels = torch.rand(count, 2, generator=generator) * torch.tensor([width, height])
     position = (pixels - torch.tensor([width / 2, height / 2])) * (depth / focal)[:, None]
     gaussians = Gaussians(
         means=torch.cat((position, depth[:, None]), dim=1),
         quats=torch.randn(count, 4, generator=generator),
         scales=torch.log(radius * depth / focal)[:, None] + 0.5 * torch.randn(count, 3, generator=generator),
-        opacities=1.5 * torch.randn(count, generator=generator),
+        opacities=1.5 * torch.randn(count, generator=generator) - 3.0 * is_giant,
         sh0=0.5 * torch.randn(count, 3, generator=generator),
         shN=torch.zeros(count, 0, 3),
     )
     intrinsics = torch.tensor([[[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]]])
     masks = (torch.rand(count, generator=generator) >= 0.2).float()
-    views = Views(torch.eye(4)[None], intrinsics, (size,))
+    views = Views(torch.eye(4)[None], intrinsics, ((width, height),))
     return get_body("cpu").project(gaussians, views, ProjectionSettings(sh_degree=0), masks=masks)
 
 
@@ -101,8 +111,7 @@ def splats_of_model(path: Path, camera_index: int) -> tuple[Splats, tuple[int, i
 def read_scene(options: argparse.Namespace) -> tuple[Splats, tuple[int, int]]:
     """Packed splats of one view on the CPU, and its size."""
     if options.file is None:
-        size = (options.size[0], options.size[1])
-        return random_splats(options.count, size, options.radius), size
+        return random_splats(options), (options.size[0], options.size[1])
     if options.file.suffix == ".ply":
         return splats_of_model(options.file, options.camera)
     stored = torch.load(options.file, weights_only=True)
@@ -127,10 +136,11 @@ def median_milliseconds(call: Callable[[], object], repeats: int) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """What one frame asks for: V splats, I instances, processed buckets, evaluated pairs."""
+    """What one frame asks for: V splats, I instances, those of splats with few, processed buckets, evaluated pairs."""
 
     splats: int
     instances: int
+    small_instances: int
     buckets: int
     pairs: int
 
@@ -139,19 +149,23 @@ class Work:
         """Read from the device."""
         lists: TileLists = frame.state
         instances, splats = lists.totals()
-        return cls(splats, instances, lists.buckets_in_use(), int(frame.pairs_per_row.sum()))
+        counts = lists.kept.first_instances.view(torch.int32)[: splats + 1].diff()
+        small = int(counts[counts <= FEW_TILES].sum())
+        return cls(splats, instances, small, lists.buckets_in_use(), int(frame.pairs_per_row.sum()))
 
     def bytes_of(self, kernel: str) -> float | None:
         """Bytes that one launch must move at least; None for a kernel that is measured in pairs."""
         v, i = self.splats, self.instances
         return {
             "binning.prepare": v * (ROW_BYTES + 28.0),
-            "binning.emit": v * (ROW_BYTES + 28.0) + 12.0 * i,
+            "binning.emit": v * (ROW_BYTES + 28.0) + 12.0 * self.small_instances,
+            "binning.emit_parts": 12.0 * (i - self.small_instances),
             "binning.tile_ranges": 4.0 * i,
             "radix_sort.sort_one": 16.0 * v,
             "radix_sort.sort_two": 24.0 * i,
             "radix_sort.order_ties": 4.0 * v,
-            "rasterize_backward.finish_rows": ROW_BYTES * (i + 3.0 * v),
+            "rasterize_backward.sum_parts": ROW_BYTES * (i - self.small_instances),
+            "rasterize_backward.finish_rows": ROW_BYTES * (self.small_instances + 3.0 * v),
         }.get(kernel)
 
 
@@ -167,7 +181,7 @@ class Bench:
         self.splats = replace(splats, **{name: getattr(splats, name).to(device) for name in names})
         generator = torch.Generator().manual_seed(1)
         self.d_rgb = torch.randn(size[1], size[0], 3, generator=generator).to(device)
-        self.d_rows = torch.zeros_like(self.splats.rows)
+        self.d_rows = torch.empty_like(self.splats.rows)
         self.background = torch.zeros(3, device=device)
         self.frame = self.forward()  # grows the buffers
         self.rasterizer.capacity.defers = True
@@ -178,7 +192,7 @@ class Bench:
 
     def backward(self) -> None:
         """Gradient of the packed rows."""
-        self.rasterizer.rasterize_backward(self.splats, self.frame, self.d_rgb, self.d_rows)
+        self.rasterizer.rasterize_backward(self.splats, self.frame, self.d_rgb, self.d_rows, overwrite=True)
 
     def kernel_times(self, call: Callable[[], object]) -> dict[str, tuple[int, float]]:
         """Launches and median milliseconds a frame of each kernel."""
@@ -200,6 +214,7 @@ class Bench:
         work = Work.of(self.frame)
         width, height = self.size
         print(f"{torch.cuda.get_device_name()}; {width}x{height}, {work.splats:,} splats, {work.instances:,} instances")
+        print(f"{work.instances - work.small_instances:,} instances are of splats with more than {FEW_TILES}")
         print(f"{work.buckets:,} buckets of 32 processed; {work.pairs / 1e6:,.1f} M pairs evaluated in the forward")
         print_kernels(self.kernel_times(self.forward), work)
         print_kernels(self.kernel_times(self.backward), work)
@@ -225,6 +240,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=300_000, help="random Gaussians")
     parser.add_argument("--size", type=int, nargs=2, default=(884, 1577), help="width and height in pixels")
     parser.add_argument("--radius", type=float, default=2.0, help="median standard deviation in pixels")
+    parser.add_argument("--spread", type=float, default=0.0, help="standard deviation of the radii's logarithms")
+    parser.add_argument("--giants", type=int, default=0, help="how many of the Gaussians cover the whole image")
     parser.add_argument("--file", type=Path, default=None, help=".ply or .pt instead of random Gaussians")
     parser.add_argument("--camera", type=int, default=0, help="camera of the model's cameras.json")
     parser.add_argument("--repeats", type=int, default=50)

@@ -52,15 +52,17 @@ def masksplat_stages(body: Body, scene: KernelScene, masks: Tensor | None = None
         drawn = project()
         image = body.rasterize(drawn, 0, view_size, scene.background)
         gradient = body.photometric(image.rgb, scene.target, LAMBDA_DSSIM).d_rgb
-        to_rows = torch.zeros_like(drawn.rows)
-        body.rasterize_backward(drawn, image, gradient, to_rows)
+        to_rows = torch.empty_like(drawn.rows)
+        body.rasterize_backward(drawn, image, gradient, to_rows, overwrite=True)
         return body.project_backward(gaussians, views, SETTINGS, drawn, to_rows)
 
     return {
         "projection": project,
         "forward": lambda: body.rasterize(splats, 0, view_size, scene.background),
         "loss": lambda: body.photometric(frame.rgb, scene.target, LAMBDA_DSSIM),
-        "backward": lambda: body.rasterize_backward(splats, frame, loss.d_rgb, torch.zeros_like(d_rows)),
+        "backward": lambda: body.rasterize_backward(
+            splats, frame, loss.d_rgb, torch.empty_like(d_rows), overwrite=True
+        ),
         "optimizer path": lambda: body.project_backward_update(
             gaussians, views, SETTINGS, splats, d_rows, optimizer=optimizer, statistics=statistics
         ),
