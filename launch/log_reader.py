@@ -32,7 +32,7 @@ class RunLog:
     edits: tuple[Record, ...]
     """iteration, cloned, split, pruned_opacity, pruned_mask, pruned_size, num_gaussians."""
     phases: tuple[Record, ...]
-    """iteration, seconds: phase name -> seconds since the start of the run."""
+    """iteration, seconds: phase name -> seconds since the start of the run; clock: "host" or "gpu", whose time."""
     saved: tuple[Record, ...]
     """iteration, path, num_gaussians."""
     end: Record | None

@@ -37,6 +37,8 @@ from scene.errors import InputError
 from scene.model_folder import ModelFolder, write_text_atomically
 from scene.ply import load_ply
 
+GPU_PEAKS = ("gpu_peak_bytes", "gpu_peak_reserved_bytes")
+
 
 @dataclass(frozen=True, eq=False)
 class Material:
@@ -111,7 +113,7 @@ def build_report(material: Material) -> str:
         sections.append(curves_section(charts, heat))
     phases = time_per_phase(material.log)
     if phases:
-        sections.append(phases_section(phases, int(material.log.phases[-1]["iteration"])))
+        sections.append(phases_section(phases, int(material.log.phases[-1]["iteration"]), _clock(material.log)))
     given = [str(name) for name in material.config.get("given", ())]
     sections.append(config_section(material.command, _shown_groups(material.config, given), given))
     return render_page(
@@ -190,6 +192,9 @@ def _cost_cards(material: Material) -> list[Card]:
     memory = (log.end or {}).get("peak_memory_bytes") or max((y.get("memory_bytes") or 0 for y in log.steps), default=0)
     if memory:
         cards.append(Card("Peak memory", f"{memory / 2**30:.2f}", "GiB"))
+    gpu_memory, held = (max((y.get(key) or 0 for y in (*log.steps, log.end or {})), default=0) for key in GPU_PEAKS)
+    if gpu_memory:
+        cards.append(Card("Peak GPU memory", f"{gpu_memory / 2**30:.2f}", "GiB", f"{held / 2**30:.2f} GiB held"))
     if material.iteration is not None:
         size = material.folder.point_cloud(material.iteration).stat().st_size
         cards.append(Card("Model size", f"{size / 1e6:.1f}", "MB", f"iteration {material.iteration:,}, ply"))
@@ -210,6 +215,15 @@ def time_per_phase(log: RunLog) -> dict[str, float]:
     total = next((step["seconds"] for step in reversed(log.steps) if step["iteration"] == iteration), None)
     rest = (total or 0.0) - sum(phases.values())
     return {**phases, "everything else": rest} if rest > 0.005 * (total or 0.0) else phases
+
+
+def _clock(log: RunLog) -> str:
+    """Return a sentence on whose time that of the phases is, "" where there is only one."""
+    if log.phases[-1].get("clock") == "gpu":
+        return "Time of the GPU; everything else is time in which it waits, or works between the phases."
+    if any(step.get(GPU_PEAKS[0]) for step in log.steps):
+        return "Time of the host, which queues work for the GPU ahead: --enable_timer measures the GPU's own."
+    return ""
 
 
 def pruned_by(log: RunLog, key: str, kept: int | None) -> int:

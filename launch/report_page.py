@@ -137,8 +137,11 @@ def curves_section(charts: Sequence[Chart], heat_map: Mapping[str, Any] | None) 
     return Section("curves", "Curves", f'<div class="chart-grid">{"".join(figures)}</div>')
 
 
-def phases_section(phases: Mapping[str, float], num_images: int) -> Section:
-    """Return where the time went: a stacked bar and a list; `phases` name -> seconds, in the order of the step."""
+def phases_section(phases: Mapping[str, float], num_images: int, clock: str = "") -> Section:
+    """Return where the time went: a stacked bar and a list.
+
+    Args: phases: name -> seconds, in the order of the step; clock: a sentence on whose time it is.
+    """
     total = sum(phases.values()) or 1.0
     bars, items = [], []
     for index, (name, seconds) in enumerate(phases.items()):
@@ -155,7 +158,7 @@ def phases_section(phases: Mapping[str, float], num_images: int) -> Section:
         )
     body = f'<div class="panel phases"><div class="stack">{"".join(bars)}</div>'
     body += f'<ul class="phase-list">{"".join(items)}</ul></div>'
-    lead = f"{format_seconds(total)} in all, {1000 * total / max(num_images, 1):.1f} ms per image."
+    lead = f"{format_seconds(total)} in all, {1000 * total / max(num_images, 1):.1f} ms per image. {clock}".strip()
     return Section("time", "Time", body, lead)
 
 

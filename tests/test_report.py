@@ -212,6 +212,22 @@ def test_the_final_prune_counts_as_pruned_by_masks(tmp_path: Path) -> None:
     assert pruned_by(read_log(tmp_path / "metrics.jsonl"), "pruned_opacity", 390) == 6
 
 
+@pytest.mark.parametrize(
+    ("clock", "said"), [("gpu", "Time of the GPU"), ("host", "--enable_timer measures the GPU"), (None, "")]
+)
+def test_a_run_on_a_gpu_shows_its_memory_and_whose_time_it_is(model: Path, clock: str | None, said: str) -> None:
+    records = make_records()
+    for record in records:
+        if clock is not None and record["kind"] in ("step", "end"):
+            record.update(gpu_peak_bytes=5 << 28, gpu_peak_reserved_bytes=3 << 29)
+        if clock is not None and record["kind"] == "phases":
+            record["clock"] = clock
+    write_log(ModelFolder.open(model).metrics, records)
+    page, _ = parse(write_report(model))
+    assert page.cards.get("Peak GPU memory") == (None if clock is None else "1.25 GiB 1.50 GiB held")
+    assert (said in page.text) if said else ("Time of the" not in page.text)
+
+
 def test_curves_views_and_phases_agree_with_the_files(model: Path) -> None:
     page, data = parse(write_report(model))
     charts = {chart["id"]: chart for chart in data["charts"]}
