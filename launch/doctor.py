@@ -63,7 +63,7 @@ OPTIONAL = (
     Part("viser", "viser", "the interactive 3D pane of report.html", f"{PIP} viser"),
     Part("pycolmap", "pycolmap", "camera poses from plain photos, undistortion", f"{PIP} pycolmap"),
     Part("tensorboard", "tensorboard", "TensorBoard curves", f"{PIP} tensorboard"),
-    Part("gsplat", "gsplat", "--backend gsplat on CUDA devices (a later version)", f"{PIP} gsplat packaging ninja"),
+    Part("gsplat", "gsplat", "--backend gsplat on CUDA devices", f"{PIP} gsplat==1.5.3 packaging ninja"),
     Part("cuda.core", "cuda-core", "training on an NVIDIA GPU (launches the kernels)", f"{PIP} cuda-core"),
 )
 

@@ -85,7 +85,7 @@ class PipelineConfig:
         False, source="3DGS", inert="covariances are always computed by the drawing body; the result is the same"
     )
     """3DGS: covariances in PyTorch."""
-    debug: bool = flag(False, source="3DGS", inert="there is no CUDA rasterizer call whose inputs could be dumped")
+    debug: bool = flag(False, source="3DGS", inert="no call of the rasterizer is dumped")
     """3DGS: dumps the rasterizer's inputs when it fails."""
 
 
@@ -174,7 +174,7 @@ class DensityFlags:
     densify_memory_limit_percentage: float = flag(
         0.9,
         source="Grendel",
-        inert="it limits the memory of a CUDA device, and this version draws on the CPU",
+        inert="training does not stop growing by itself: when memory ends, it says what to do",
     )
     """Share of device memory at which Grendel-GS stops densifying for good."""
 

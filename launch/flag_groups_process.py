@@ -96,11 +96,11 @@ class BenchmarkConfig:
     """Time and memory measurements of Grendel-GS."""
 
     enable_timer: bool = flag(False, source="Grendel")
-    """Writes the times of the phases of every process to MODEL/ranks; those of the first are always in
-    metrics.jsonl."""
+    """Times phases by the GPU's clock, without waiting for it, not by the host's. Writes those of every process to
+    MODEL/ranks; the first one's are always in metrics.jsonl."""
     end2end_time: bool = flag(True, source="Grendel", inert="total time and images/s are always measured")
     """Total time."""
-    zhx_time: bool = flag(False, source="Grendel", inert="there are no CUDA kernels to time")
+    zhx_time: bool = flag(False, source="Grendel", inert="--enable_timer times the phases on the GPU")
     """Times of the CUDA kernels."""
     check_gpu_memory: bool = flag(False, source="Grendel")
     """Writes the GPU memory of every process to metrics.jsonl and MODEL/ranks."""
@@ -123,7 +123,7 @@ class DebugConfig:
     differs."""
     drop_initial_3dgs_p: float = flag(0.0, source="Grendel", minimum=0.0, maximum=1.0)
     """Probability with which each initial point is left out."""
-    debug_from: int = flag(-1, source="3DGS", inert="there is no CUDA rasterizer call whose inputs could be dumped")
+    debug_from: int = flag(-1, source="3DGS", inert="no call of the rasterizer is dumped")
     """Iteration from which 3DGS's --debug is on."""
     detect_anomaly: bool = flag(False, source="3DGS", inert="the training step has no autograd graph to watch")
     """torch's anomaly mode."""
@@ -133,7 +133,7 @@ class DebugConfig:
         False, source="Grendel", inert="the time spent waiting for images is always in metrics.jsonl"
     )
     """Times of image loading."""
-    nsys_profile: bool = flag(False, source="Grendel", inert="there are no CUDA kernels to mark")
+    nsys_profile: bool = flag(False, source="Grendel", inert="profilers show every kernel by its name")
     """NVTX ranges."""
 
 

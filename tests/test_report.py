@@ -224,7 +224,7 @@ def test_a_run_on_a_gpu_shows_its_memory_and_whose_time_it_is(model: Path, clock
             record["clock"] = clock
     write_log(ModelFolder.open(model).metrics, records)
     page, _ = parse(write_report(model))
-    assert page.cards.get("Peak GPU memory") == (None if clock is None else "1.25 GiB 1.50 GiB held")
+    assert page.cards.get("Peak GPU memory") == (None if clock is None else "1.25 GiB 1.50 GiB held ")
     assert (said in page.text) if said else ("Time of the" not in page.text)
 
 
