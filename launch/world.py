@@ -57,9 +57,12 @@ def device_type_of(backend: str) -> str:
 def joined_world(device_type: str = "cpu", environment: Mapping[str, str] = os.environ) -> Iterator[Communicator]:
     """This process's place among the processes of the run, until the block ends.
 
-    Raises: InputError when the launcher's variables make no sense or the others do not appear; PeerError when another
-    rank failed first.
+    Raises: InputError when there is no GPU and one is needed, when the launcher's variables make no sense or the others
+    do not appear; PeerError when another rank failed first.
     """
+    if device_type == "cuda" and not torch.cuda.is_available():
+        text = no_gpu_text(torch.version.cuda)
+        raise InputError(text) if environment.get("RANK", "0") == "0" else PeerError(0, text)
     try:
         communicator = Communicator.from_environment(environment, device_type=device_type)
     except (ValueError, RuntimeError) as error:
@@ -73,6 +76,16 @@ def joined_world(device_type: str = "cpu", environment: Mapping[str, str] = os.e
         # gloo's threads must have ended before the process does; nccl would wait for ranks that are in a collective.
         if has_ended or communicator.device.type == "cpu":
             communicator.close()
+
+
+def no_gpu_text(built: str | None) -> str:
+    """Why no GPU can be used, and what to do; built: the CUDA version that torch is built for."""
+    named = " and ".join(f"--backend {name}" for name in sorted(DEVICE_BACKENDS))
+    why = "this torch is built without CUDA" if built is None else f"torch, built for CUDA {built}, finds none here"
+    return (
+        f"{named} draw on an NVIDIA GPU, and {why}. --backend diff, the default, takes a GPU where there is one, the "
+        "CPU elsewhere; train.py --doctor says what a GPU would need"
+    )
 
 
 @contextmanager
