@@ -443,3 +443,18 @@ def test_many_splats_on_the_device(log_scale):
         assert trimmed_error(getattr(runs[0], name), getattr(other, name)) < 2e-6, name
     for k, name in enumerate(ROW_COLUMNS):
         assert trimmed_error(runs[0].gradients[:, k], other.gradients[:, k]) < 3e-5, name
+
+
+@pytest.mark.gpu
+def test_twenty_million_instances_on_the_device():
+    """More (splat, tile) pairs than any usual scene has, from capacities that are too small at first."""
+    device_launcher, size = make_launcher("device"), (1600, 1064)
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.randn(1_000_000, 3, generator=generator) * 0.5 - 3.5
+    splats = projected(1_000_000, size, seed=50, scales=scales)
+    there = moved(splats, device=device_launcher.device)
+    frame = Rasterizer(device_launcher).rasterize(there, 0, size, BACKGROUND.to(device_launcher.device))
+    assert frame.state.totals()[0] >= 20_000_000
+    other = CPU.rasterize(splats, 0, size, BACKGROUND)
+    assert trimmed_error(frame.rgb.cpu(), other.rgb) < 2e-6
+    assert trimmed_error(frame.transmittance.cpu(), other.transmittance) < 2e-6
