@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,17 +13,31 @@ from torch import Tensor
 from masksplat.ops import Body, get_body
 from scene.errors import InputError
 
+if TYPE_CHECKING:
+    from masksplat.cuda.compiler import KernelCache
 
-def choose_body(backend: str, device: torch.device | str, *, threads: int, has_masks: bool) -> Body:
+
+def choose_body(
+    backend: str,
+    device: torch.device | str,
+    *,
+    threads: int,
+    has_masks: bool,
+    say: Callable[[str], None] = print,
+) -> Body:
     """The body that --backend means on `device`; diff and default are masksplat's own on the device at hand.
 
-    Args: threads: of the cpu body; has_masks: whether the run's Gaussians are masked, which gsplat cannot composite.
+    Args: threads: of the cpu body; has_masks: whether the run's Gaussians are masked, which gsplat cannot composite;
+    say: shows a line when kernels have to be compiled first.
     Raises: InputError when the body lacks a library; the message says how to get it.
     """
     device = torch.device(device)
     name = {"diff": "auto", "default": "auto", "gsplat": "cuda"}.get(backend, backend)
     try:
         own = get_body(name, num_threads=threads, device=device if device.type == "cuda" else None)
+        launcher = getattr(own, "launcher", None)
+        if launcher is not None:
+            compile_missing(launcher.cache, launcher.architecture, say)
         if backend != "gsplat":
             return own
         from masksplat.gsplat.body import GsplatBody  # only a run that asks for gsplat may need it
@@ -31,6 +45,18 @@ def choose_body(backend: str, device: torch.device | str, *, threads: int, has_m
         return GsplatBody(own, masked=has_masks)
     except (ImportError, RuntimeError) as error:
         raise InputError(f"--backend {backend} cannot be used: {error}") from error
+
+
+def compile_missing(cache: KernelCache, architecture: str, say: Callable[[str], None]) -> None:
+    """Compile the CUDA kernels that no run on this machine has used yet, and say so before the wait.
+
+    Raises: CudaUnavailableError or KernelCompileError (both RuntimeError).
+    """
+    missing = cache.missing(architecture)
+    if missing:
+        say(f"compiling CUDA kernels for {architecture} (once, about 10 s; they are kept in {cache.place})")
+    for name in missing:
+        cache.load(name, architecture)
 
 
 class OverflowWatch(Protocol):

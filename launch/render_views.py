@@ -9,7 +9,7 @@ MODEL/{train,test}/ours_N/depth/00000.png            with --depth: 16-bit, times
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,9 +112,14 @@ def load_drawer(config: RenderConfig, ply: Path, threads: int, device: torch.dev
         params=params,
         sh_degree={0: 0, 3: 1, 8: 2, 15: 3}[params["shN"].shape[1]],
         background=torch.full((3,), float(config.model.white_background), device=device),
-        body=choose_body(config.pipeline.backend, device, threads=threads, has_masks=True),
+        body=choose_body(config.pipeline.backend, device, threads=threads, has_masks=True, say=_say(config.render)),
         antialiased=config.pipeline.antialiasing,
     )
+
+
+def _say(flags: RenderFlags) -> Callable[[str], None]:
+    """Return what shows a line, unless --quiet."""
+    return (lambda line: None) if flags.quiet else print
 
 
 def chosen_views(count: int, flags: RenderFlags) -> list[int]:

@@ -265,6 +265,15 @@ class KernelCache:
                 )
         return cubin
 
+    def missing(self, architecture: str) -> list[str]:
+        """Return the files whose machine code is not on disk yet.
+
+        Raises:
+            CudaUnavailableError: when NVRTC, whose version is part of the key, cannot be loaded.
+        """
+        names = source_names(self.sources)
+        return [name for name in names if read_entry(self.entry(name, architecture)) is None]
+
     def entry(self, name: str, architecture: str) -> Path:
         """Return where the machine code of `name`.cu is, or would be."""
         return self.place / f"{name}-{architecture}-{self.key(name, architecture)[:32]}.cubin"
