@@ -3,21 +3,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 import launch.bodies
+import masksplat.gsplat.body
 import train
+from cuda_launchers import EMULATED, make_launcher
 from distributed.communicator import PeerError
+from kernel_scenes import parameters_of, random_scene, settings_for
 from launch.bodies import choose_body, compile_missing
 from launch.world import DEVICE_BACKENDS, device_type_of, joined_world
+from masksplat.cuda.body import CudaBody
 from masksplat.cuda.compiler import SOURCE_FOLDER, KernelCache, install_command
 from masksplat.ops import get_body
+from masksplat.types import AdamStep, GaussianGradients, Optimizer, Statistics
 from scene.errors import InputError
 
 
@@ -46,6 +53,39 @@ def test_without_gsplat_its_backend_says_how_to_install_it(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "gsplat", None)  # an import of it fails
     with pytest.raises(InputError, match=r"--backend gsplat cannot be used: .*pip install gsplat==1\.5\.3"):
         choose_body("gsplat", "cuda", threads=1, has_masks=True)
+
+
+def test_gsplats_body_updates_nothing_after_an_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With masks, masksplat's compositor draws, and its buffers can be too small: parameters and statistics wait."""
+    for name in ("gsplat", "gsplat.cuda", "gsplat.cuda._backend"):  # nothing of them is called here
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    own = CudaBody(launcher=make_launcher(EMULATED))
+    gaussians, views, _ = random_scene(30, (40, 30), seed=3, dtype=torch.float32)
+    leaves = tuple(values.clone().requires_grad_() for values in parameters_of(gaussians))
+    ones = GaussianGradients(*(torch.ones_like(values) for values in leaves), masks=torch.ones(30))
+    monkeypatch.setattr(masksplat.gsplat.body, "backward_through_gsplat", lambda *_: ones)
+    splats = own.project(gaussians, views, settings_for(0))
+    splats = dataclasses.replace(splats, state=masksplat.gsplat.body.ProjectionState(leaves, splats.rows, splats.rows))
+    d_rows = torch.full((30, 10), torch.nan)
+    moments = [tuple(torch.zeros_like(values) for values in leaves) for _ in range(2)]
+    statistics = Statistics(torch.zeros(30), torch.zeros(30))
+    body = masksplat.gsplat.body.GsplatBody(own, masked=True)
+
+    def update() -> None:
+        body.project_backward_update(
+            gaussians, views, settings_for(0), splats, d_rows, statistics=statistics,
+            optimizer=Optimizer(*moments, (AdamStep(1e-2, 0.9, 0.999, 1e-8, 1),) * 6),
+        )  # fmt: skip
+
+    own.status[0] = 1
+    update()
+    changed = [*leaves, *moments[0], *moments[1], *statistics]
+    before = [*parameters_of(gaussians), *(torch.zeros_like(values) for values in changed[6:])]
+    assert all(torch.equal(one.detach(), other) for one, other in zip(changed, before, strict=True))
+    own.status[0] = 0
+    d_rows.fill_(2.0)
+    update()
+    assert not any(torch.equal(one.detach(), other) for one, other in zip(changed, before, strict=True))
 
 
 def test_kernels_are_compiled_once_and_the_wait_is_announced(tmp_path: Path) -> None:
