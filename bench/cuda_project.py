@@ -37,6 +37,7 @@ from masksplat.types import (
 )
 
 SIZE = (1600, 1064)
+LOSS_SIZES = (SIZE, (884, 1577))
 GIGABYTES_PER_SECOND = 4300.0
 """What an H200's memory gives to a plain copy."""
 
@@ -175,12 +176,12 @@ def mask_timings(launcher: Launcher, case: Case, timed: Stopwatch) -> Iterator[T
     yield timed("mask update", 32.0 * count, lambda: mask_kernels.update(launcher, *state, d_all=1e-9, **given))
 
 
-def loss_timings(launcher: Launcher, timed: Stopwatch) -> Iterator[Timing]:
+def loss_timings(launcher: Launcher, timed: Stopwatch, size: tuple[int, int]) -> Iterator[Timing]:
     """Both kernels of the loss together: 15 bytes a pixel twice, derivatives written and read, the gradient."""
-    width, height = SIZE
+    width, height = size
     rgb = torch.rand(height, width, 3, device=launcher.device)
     target = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, device=launcher.device)
-    yield timed("photometric", 114.0 * width * height,
+    yield timed(f"photometric, {width}x{height}", 114.0 * width * height,
                 lambda: photometric.photometric(launcher, rgb, target, 0.2))  # fmt: skip
 
 
@@ -194,7 +195,9 @@ def main() -> None:
     launcher = launcher_of("cuda")
     print(f"{torch.cuda.get_device_name(launcher.device)}, medians of {REPEATS} calls")
     timed = Stopwatch(launcher.device)
-    results: dict[str, list[Timing]] = {"machine": [timed.copy_timing(), *loss_timings(launcher, timed)]}
+    results: dict[str, list[Timing]] = {"machine": [timed.copy_timing()]}
+    for size in LOSS_SIZES:
+        results["machine"] += loss_timings(launcher, timed, size)
     for count in options.gaussians:
         case = make_case(launcher, count, options.degree)
         title = f"{count:,} Gaussians, {case.num_seen:,} splats, degree {options.degree}"

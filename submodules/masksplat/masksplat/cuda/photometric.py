@@ -10,11 +10,14 @@ from torch import Tensor
 from masksplat.cuda.launcher import Launcher
 from masksplat.types import PhotometricLoss
 
-COLUMNS = 128
-"""Threads of a block; each has one float of an image row."""
+BLOCK = 96
+"""Threads of a block; each has two pixels of one channel."""
 
-SEGMENTS = {"photometric.compare": 528, "photometric.gradient": 792}
-"""Blocks that run at once on an H200, four and six a multiprocessor: rows are cut so that they all start together."""
+STRIP = 64
+"""Pixels of an image row that a block has."""
+
+MOST_BLOCKS = 528
+"""Blocks that run at once on an H200, four a multiprocessor: rows are cut so that they all start together."""
 
 SHORTEST_SEGMENT = 16
 """Rows of a block: ten more are read for their sake, so fewer are not worth a block."""
@@ -42,20 +45,20 @@ def photometric(
     if own_first >= own_last:
         nothing = torch.zeros(2, dtype=torch.float64, device=rgb.device)
         return PhotometricLoss(nothing[0], nothing[1], d_rgb.zero_())
-    derivatives = torch.empty((3, height, size), device=rgb.device)
-    compare_rows, compare_grid = _segments("photometric.compare", size, own_last - own_first)
-    gradient_rows, gradient_grid = _segments("photometric.gradient", size, height)
+    pairs, thirds = torch.empty((3, height, size), device=rgb.device).split((2, 1))
+    compare_rows, compare_grid = _segments(width, own_last - own_first)
+    gradient_rows, gradient_grid = _segments(width, height)
     num_sums = compare_grid[0] * compare_grid[1]
     sums = torch.empty(2 * num_sums + 2, dtype=torch.float64, device=rgb.device)
     result = sums[2 * num_sums :]
     region = (np.int32(height), np.int32(size), np.int32(own_first), np.int32(own_last))
     ssim_weight, l1_weight = np.float32(-lambda_dssim / num_values), np.float32((1.0 - lambda_dssim) / num_values)
     launcher(
-        "photometric.compare", compare_grid, COLUMNS, rgb, target, *region, np.int32(compare_rows), ssim_weight,
-        derivatives, sums,
+        "photometric.compare", compare_grid, BLOCK, rgb, target, *region, np.int32(compare_rows), ssim_weight,
+        pairs, thirds, sums,
     )  # fmt: skip
     launcher(
-        "photometric.gradient", gradient_grid, COLUMNS, rgb, target, derivatives, *region, np.int32(gradient_rows),
+        "photometric.gradient", gradient_grid, BLOCK, rgb, target, pairs, thirds, *region, np.int32(gradient_rows),
         l1_weight, sums, np.int32(num_sums), np.int64(num_values), d_rgb, result,
     )  # fmt: skip
     return PhotometricLoss(result[0], result[1], d_rgb)
@@ -70,9 +73,9 @@ def _checked_shape(rgb: Tensor, target: Tensor) -> torch.Size:
     return rgb.shape
 
 
-def _segments(kernel: str, size: int, num_rows: int) -> tuple[int, tuple[int, int]]:
+def _segments(width: int, num_rows: int) -> tuple[int, tuple[int, int]]:
     """Rows of a block and the grid: as many blocks as run at once, if that does not make them too short."""
-    strips = -(-size // COLUMNS)
-    wanted = max(1, SEGMENTS[kernel] // strips)
+    strips = -(-width // STRIP)
+    wanted = max(1, MOST_BLOCKS // strips)
     rows = max(SHORTEST_SEGMENT, -(-num_rows // wanted))
     return rows, (strips, -(-num_rows // rows))

@@ -73,3 +73,14 @@ __device__ __forceinline__ T warp_inclusive_sum(T value) {
     }
     return value;
 }
+
+// Good to 2 ulp for arguments that are far from denormal.
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+#ifndef EMULATED
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#else
+    return 1.0f / x;
+#endif
+}
