@@ -30,7 +30,8 @@ LARGE_ERROR = 1e-3
 """Of the largest value of a group: an element that is further off is a pair on the other side of a threshold."""
 
 MOST_FLIPPED = 1e-5
-"""Share of a group's elements."""
+"""Share of a group's elements, unless the float32 reference has more: rounding of its inputs flips as many pairs, and
+where a pixel is right to the last bit, the sign of its L1 gradient."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,16 @@ def test_values_and_gradients_are_as_good_as_float32_can_be(model: Model) -> Non
     for name, values in exact.items():
         error, allowed = relative_error(found[name], values), 2 * relative_error(single[name], values)
         bound = LARGE_ERROR * values.abs().max()
-        flipped = float(((found[name] - values).abs() > bound).double().mean())
-        report.append(f"{name}: {error:.2e}, float32 reference {allowed / 2:.2e}, flipped {flipped:.1e}")
+        flipped, usual = (share_beyond(bound, side[name] - values) for side in (found, single))
+        report.append(f"{name}: {error:.2e} and {flipped:.1e}, float32 reference {allowed / 2:.2e} and {usual:.1e}")
         print(report[-1])
         assert error <= max(allowed, FEW_ROUNDINGS), report
-        assert flipped <= MOST_FLIPPED, report
+        assert flipped <= max(MOST_FLIPPED, 2 * usual), report
+
+
+def share_beyond(bound: Tensor, differences: Tensor) -> float:
+    """Share of the elements that are further off than `bound`."""
+    return float((differences.abs() > bound).double().mean())
 
 
 @pytest.mark.gpu

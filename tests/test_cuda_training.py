@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,7 +102,9 @@ def test_views_for_people_keep_nothing_for_a_backward(
 @contextmanager
 def no_waiting() -> Iterator[None]:
     """A block in which torch raises for every call that makes the host wait for the GPU, reading numbers for one."""
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch says once that the mode is young
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
