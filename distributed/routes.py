@@ -58,7 +58,7 @@ def select_rows(
     Args: keep: (M,) bool, rows that are sent at all (evaluation leaves out those with m = 0).
     """
     device, num_rows = splats.rows.device, len(splats)
-    table = sent_to(torch.from_numpy(_region_table(partition, halo)), device)
+    table = sent_to(torch.from_numpy(region_table(partition, halo)), device)
     lengths = sent_to(splats.view_offsets.diff(), device)
     view = torch.repeat_interleave(lengths, output_size=num_rows)
     regions = table.index_select(0, view)  # (M, L, 4)
@@ -86,7 +86,7 @@ def _rows_in_use(splats: Splats) -> Tensor | None:
     return (room < counts[:, None]).reshape(-1)
 
 
-def _region_table(partition: PixelPartition, halo: int) -> np.ndarray:
+def region_table(partition: PixelPartition, halo: int) -> np.ndarray:
     """(B, L, 4) int32 for each region of a view: drawn pixel rows [start, stop), block of group 0, blocks to group 1.
 
     Views with fewer regions have some that draw nothing.

@@ -21,9 +21,10 @@ import numpy as np
 from torch import Tensor
 
 from distributed.balance import RULES, loads_of, partition_batch, smallest_largest_load
-from distributed.exchange import COUNT_BYTES, Traffic, Wire
+from distributed.exchange import COUNT_BYTES, Traffic
 from distributed.pixels import PixelPartition
 from distributed.routes import NUM_GROUPS, NUMBERS_BACK, select_rows
+from distributed.wire import Wire
 from masksplat.random import permutation
 from masksplat.types import TILE, Splats
 
@@ -99,7 +100,7 @@ def simulate_exchange(splats: Splats, owners: Tensor, partition: PixelPartition,
     copies = selection.counts.numpy()
     is_remote = owners[selection.rows[: copies.sum()]].numpy() != np.repeat(target, copies)
     remote = np.bincount(np.repeat(group, copies)[is_remote], minlength=NUM_GROUPS)
-    num_ranks, wire = partition.num_ranks, Wire.of(splats, id_bound, sends_boxes=False)
+    num_ranks, wire = partition.num_ranks, Wire.of(splats, id_bound, sends_boxes=False, in_words=False)
     return Traffic(
         copies=int(copies.sum()),
         own_copies=int(copies.sum() - remote.sum()),

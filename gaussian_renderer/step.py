@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distributed.communicator import Communicator
-from distributed.exchange import ExchangePlan
+from distributed.exchange import ExchangePlan, ExchangeRecord
 from distributed.numbering import OrderNumbers
 from distributed.pixels import PixelPartition, Region
 from distributed.totals import StepTotals
@@ -71,11 +71,11 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class StepResult:
-    """totals: loss and counts over all ranks, not read yet. d_gate: (N,) gradient by the gate. plan: who sent what."""
+    """totals: loss and counts over all ranks, not read yet. d_gate: (N,) gradient by the gate. exchanged: how much."""
 
     totals: StepTotals
     d_gate: Tensor
-    plan: ExchangePlan
+    exchanged: ExchangeRecord
 
 
 def draw_and_update(
@@ -123,7 +123,7 @@ def draw_and_update(
             num_splats=splats.view_offsets.diff() if splats.counts is None else splats.counts,
             num_rows=len(table),
         )
-    return StepResult(totals, d_gate, plan)
+    return StepResult(totals, d_gate, plan.record)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from distributed.exchange import ExchangePlan
+from distributed.exchange import ExchangeRecord
 from distributed.totals import StepTotals
 from distributed.transfer import Fetched
 from gaussian_renderer.step import StepResult
@@ -33,7 +33,7 @@ class _Pending:
 
     step: int
     window: Window
-    plan: ExchangePlan
+    exchanged: ExchangeRecord
     totals: StepTotals
     learned: Numbers
     fetched: Fetched
@@ -53,7 +53,7 @@ class LateSteps:
         sources = [number.source for number in learned.values() if isinstance(number, LateNumber)]
         status = [self._watch.status] if self._watch is not None else []
         fetched = Fetched.start([result.totals.values, *status, *sources])
-        self._pending.append(_Pending(step, window, result.plan, result.totals, learned, fetched))
+        self._pending.append(_Pending(step, window, result.exchanged, result.totals, learned, fetched))
 
     def keep_up(self) -> int | None:
         """Read the steps that are too far behind; the step to go back to when a buffer was too small."""
@@ -88,7 +88,7 @@ class LateSteps:
         learned = _known(pending.learned, late)
         loss = numbers.image_loss(training.config.optimization.lambda_dssim) + learned.get("mask_loss", 0.0)
         require_finite(loss, pending.window)
-        self._recorder.after_update(pending.window, Seen(pending.step, numbers, pending.plan, learned, loss))
+        self._recorder.after_update(pending.window, Seen(pending.step, numbers, pending.exchanged, learned, loss))
 
 
 def _known(learned: Numbers, late: list[Tensor]) -> dict[str, float]:

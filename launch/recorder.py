@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from distributed.exchange import ExchangePlan
+from distributed.exchange import ExchangeRecord
 from distributed.totals import StepNumbers
 from launch.bodies import drawn_at_once
 from launch.config import to_plain
@@ -43,7 +43,7 @@ class Seen:
 
     step: int
     numbers: StepNumbers
-    plan: ExchangePlan
+    exchanged: ExchangeRecord
     learned: Mapping[str, float]
     loss: float
 
@@ -240,7 +240,7 @@ class Recorder:
         training, flags = self.training, self.training.config.benchmark
         if training.communicator.size == 1:
             return
-        traffic = seen.plan.traffic()
+        traffic = seen.exchanged.traffic()
         sent, copies, grendel = training.total(traffic.num_bytes, traffic.copies, traffic.grendel_bytes)
         own = {"cpu_bytes": self._process.memory_info().rss, "gpu_bytes": gpu_memory_bytes()}
         memory = training.communicator.gather_counts(list(own.values()))

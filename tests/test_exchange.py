@@ -180,7 +180,7 @@ def test_one_rank_gets_the_very_tensors_back() -> None:
     assert plan.forward(splats) is splats
     gradient = torch.ones(4, 10)
     assert plan.backward(gradient) is gradient
-    assert plan.traffic() == Traffic(4, 4, 0, 0, 0)
+    assert plan.record.traffic() == Traffic(4, 4, 0, 0, 0)
 
 
 def test_evaluation_leaves_out_what_is_not_drawn() -> None:

@@ -39,7 +39,7 @@ def count_traffic(world: Communicator, boxes_travel: bool, id_bound: int | None)
     received = plan.forward(splats)
     assert received.ids.tolist() == ([0, 100, 200, 50, 150] if world.rank == 1 else [])
     plan.backward(torch.zeros(len(received), 10))
-    return plan.traffic()
+    return plan.record.traffic()
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def own_copies_only(world: Communicator) -> Traffic:
     splats.boxes[:] = torch.tensor([0, 0, 9, 9], dtype=torch.int32)
     plan = ExchangePlan.for_partition(world, splats, PixelPartition.of_whole_views([40, 40], [0, 1], 2))
     assert plan.num_received == 3
-    return plan.traffic()
+    return plan.record.traffic()
 
 
 def test_copies_for_oneself_cost_nothing() -> None:
@@ -87,7 +87,7 @@ def traffic_of(world: Communicator, shards: list[Splats], partition: PixelPartit
     plan = ExchangePlan.for_partition(
         world, shards[world.rank], partition, sizes=[(SIDE, SIDE)] * len(partition.heights), id_bound=1 << 20
     )
-    return plan.traffic()
+    return plan.record.traffic()
 
 
 def test_the_simulation_counts_what_ranks_send() -> None:
