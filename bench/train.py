@@ -56,7 +56,7 @@ def ours(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         "seconds": round(log.end["seconds"], 2),
         "psnr": round(tests[-1]["psnr"], 3),
         "gaussians": tests[-1]["num_gaussians"],
-        "peak_memory_bytes": log.end.get("peak_memory_bytes"),
+        "gpu_peak_bytes": log.end.get("gpu_peak_bytes"),
     }
 
 
@@ -75,7 +75,7 @@ def peer(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": round(result["seconds"], 2),
         "psnr": round(result["psnr"], 3),
         "gaussians": result["num_gaussians"],
-        "peak_memory_bytes": int(result["peak_gib"] * (1 << 30)),
+        "gpu_peak_bytes": int(result["peak_gib"] * (1 << 30)),
     }
 
 
