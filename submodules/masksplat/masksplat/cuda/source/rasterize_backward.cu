@@ -22,8 +22,7 @@ constexpr int BACKWARD_THREADS = BACKWARD_WARPS * WARP;
 constexpr int NUM_SUMS = 10;
 
 // The sums of an instance over pixels, d = dL/dpower: d, d dx, d dy, d dx^2, d dx dy, d dy^2, dL/dcolour, dL/dmask.
-constexpr int SUM_1 = 0, SUM_X = 1, SUM_Y = 2, SUM_XX = 3, SUM_XY = 4, SUM_YY = 5, SUM_RED = 6, SUM_GREEN = 7,
-              SUM_BLUE = 8, SUM_MASK = 9;
+constexpr int SUM_MASK = 9;
 
 struct Image {
     int first_row, last_row, columns, width;
