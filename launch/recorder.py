@@ -165,6 +165,7 @@ class Recorder:
         own = self.gpu_peak = self.gpu_peak.or_more(GpuPeak.now())
         for row in self.training.communicator.gather_counts([own.allocated, own.reserved]):
             self.gpu_peak = self.gpu_peak.or_more(GpuPeak(*row))
+        self.peak_memory = max(self.peak_memory, self._process.memory_info().rss)
         iterations = self.training.config.optimization.iterations
         self.logs.main.write(
             "end",

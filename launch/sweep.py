@@ -183,7 +183,7 @@ def parse(arguments: Sequence[str]) -> Sweep:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for all runs and the results")
     parser.add_argument("--score", choices=SCORES, default=SCORES[0], help="importance score [%(default)s]")
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="shares to prune, 0 to 1")
-    own, flags = _split(arguments)
+    own, flags = split_arguments(arguments)
     values = parser.parse_args(own)
     if any(not 0.0 <= ratio <= 1.0 for ratio in values.ratios):
         raise InputError(f"--ratios {values.ratios}: a share of Gaussians lies between 0 and 1")
@@ -191,7 +191,7 @@ def parse(arguments: Sequence[str]) -> Sweep:
     return Sweep(values.source_path, values.output, values.score, tuple(values.ratios), tuple(flags))
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """What stands before and behind the first `--`."""
     own = list(arguments)
     place = own.index("--") if "--" in own else len(own)

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scenes x methods x seeds: every run trained, rendered and measured, several at once, and one table at the end.
+
+    python -m launch.run_all --protocol mipnerf360 tanks_and_temples deep_blending --data DATA -o OUT
+    python -m launch.run_all --data DATA/fox DATA/garden -o OUT --methods 3dgs beta rad_splat --seeds 0 1 2
+    python -m launch.run_all --data DATA/fox -o OUT --add small "--target_mb 20" -- --iterations 7000 --scale_schedules
+
+What stands behind `--` goes to every train.py. Each run has a folder OUT/SCENE/METHOD-SEED with its train.log. A GPU
+has one run at a time; without GPUs, --jobs runs share the cores. Stopped and started again, finished runs are not
+repeated, and a run that was cut off goes on from its newest checkpoint if it wrote any (-- --checkpoint_iterations).
+The results are in OUT/table.md, OUT/table.json and OUT/table.html, which are written anew after every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launch.finetune import TRAINED_ITERATIONS
+from launch.machine import available_cores
+from launch.protocols import (
+    METHODS,
+    PROTOCOLS,
+    USUAL_METHODS,
+    BenchmarkScene,
+    Method,
+    methods_of,
+    own_scenes,
+    scenes_of,
+)
+from launch.run import run_main
+from launch.run_results import Result, read_result, result_of
+from launch.run_table import write_tables
+from launch.sweep import split_arguments
+from scene.errors import InputError
+from scene.model_folder import ModelFolder
+
+ROOT = Path(__file__).resolve().parent.parent
+CONSOLE = "console.log"
+EXIT_TERMINATED = 143
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is run: scenes, methods, seeds, flags for all; where; on which GPUs, or how many at once on the CPU."""
+
+    output: Path
+    scenes: tuple[BenchmarkScene, ...]
+    methods: tuple[Method, ...]
+    seeds: tuple[int, ...]
+    flags: tuple[str, ...]
+    post_iterations: int
+    gpus: tuple[str, ...]
+    jobs: int
+
+    @property
+    def runs(self) -> list[Run]:
+        """Every run, seed by seed, so that a stopped suite has whole tables of the first seeds."""
+        return [
+            Run(self, scene, method, seed) for seed in self.seeds for scene in self.scenes for method in self.methods
+        ]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a suite."""
+
+    suite: Suite
+    scene: BenchmarkScene
+    method: Method
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """Its model folder."""
+        return self._folder_of(self.method.name)
+
+    @property
+    def base(self) -> Path | None:
+        """The model folder it starts from."""
+        return self._folder_of(self.method.base) if self.method.base else None
+
+    @property
+    def flags(self) -> list[str]:
+        """The flags of train.py that decide the result, but for the base's model; later ones win."""
+        flags = [*self.scene.flags, *self.suite.flags, *self.method.flags, "--seed", str(self.seed)]
+        if self.method.base:
+            last = TRAINED_ITERATIONS + self.suite.post_iterations
+            flags += ["--no_scale_schedules", "--iterations", str(last)]
+        return flags
+
+    def command(self, threads: int) -> list[str]:
+        """The call of train.py; an unfinished run goes on where it was."""
+        place = ["-s", str(self.scene.source), "-m", str(self.folder), "--threads", str(threads)]
+        how = ["--quiet", "--render_and_evaluate", "--auto_start_checkpoint"]
+        if self.base is not None:
+            base = ModelFolder.open(self.base)
+            how += ["--start_pointcloud", str(base.point_cloud(base.find_iteration()))]
+        return [sys.executable, str(ROOT / "train.py"), *place, *self.flags, *how]
+
+    def result(self) -> Result | None:
+        """What came out, if it is finished. Raises: InputError when the folder holds a run with other flags."""
+        return read_result(self.folder, self.scene, self.method.name, self.seed, self.flags)
+
+    def _folder_of(self, method: str) -> Path:
+        return self.suite.output / self.scene.name / f"{method}-{self.seed}"
+
+
+@dataclass
+class Schedule:
+    """Deals runs out to places (GPUs, or shares of the cores), one at a time to each; a base comes before its user.
+
+    A run that fails does not stop the others; those that start from it fail with it.
+    """
+
+    suite: Suite
+    results: list[Result] = field(default_factory=list)
+    failures: dict[Path, str] = field(default_factory=dict)
+    _waiting: list[Run] = field(default_factory=list)
+    _done: set[Path] = field(default_factory=set)
+    _processes: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    _change: threading.Condition = field(default_factory=threading.Condition)
+    _is_stopped: bool = False
+
+    def run(self) -> None:
+        """Run everything that is not finished yet. Raises: InputError for a folder of other flags, before any run."""
+        for run in self.suite.runs:
+            result = run.result()
+            if result is None:
+                self._waiting.append(run)
+            else:
+                self.results.append(result)
+                self._done.add(run.folder)
+        if self.results:
+            print(f"{len(self.results)} runs are finished already", flush=True)
+        self._write()
+        places = self.suite.gpus or tuple("" for _ in range(self.suite.jobs))
+        with ThreadPoolExecutor(len(places), thread_name_prefix="runs") as pool:
+            try:
+                working = {pool.submit(self._work, place) for place in places}
+                while working:
+                    ended, working = wait(working, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+                    for worker in ended:
+                        worker.result()
+            finally:
+                self._stop()
+
+    def _work(self, gpu: str) -> None:
+        """Take one run after another on one GPU ("": on the CPU)."""
+        while (run := self._next()) is not None:
+            print(f"started   {run.folder}{f' on GPU {gpu}' if gpu else ''}", flush=True)
+            try:
+                failure = self._train(run, gpu)
+                result = None if failure else result_of(run.folder, run.scene, run.method.name, run.seed, run.flags)
+            except (InputError, OSError) as error:
+                failure, result = str(error), None
+            with self._change:
+                if result is not None:
+                    self.results.append(result)
+                    self._done.add(run.folder)
+                    print(f"finished  {run.folder}: {result}", flush=True)
+                elif not self._is_stopped:
+                    self.failures[run.folder] = failure
+                    print(f"failed    {run.folder}: {failure}", flush=True)
+                self._write()
+                self._change.notify_all()
+
+    def _next(self) -> Run | None:
+        """The next run whose base is there; waits for bases that are being trained. None when nothing is left."""
+        with self._change:
+            while self._waiting and not self._is_stopped:
+                for run in list(self._waiting):
+                    if run.base is not None and run.base in self.failures:
+                        self._waiting.remove(run)
+                        self.failures[run.folder] = f"{run.base}, which it starts from, failed"
+                    elif run.base is None or run.base in self._done:
+                        self._waiting.remove(run)
+                        return run
+                self._change.wait(POLL_SECONDS)
+        return None
+
+    def _train(self, run: Run, gpu: str) -> str:
+        """Train, render, measure; returns what went wrong, "" if nothing."""
+        threads = max(1, available_cores() // (len(self.suite.gpus) or self.suite.jobs))
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}  # "" hides every GPU
+        frames = [sys.executable, "-m", "launch.frame_rate", str(run.folder), "--threads", str(threads)]
+        run.folder.mkdir(parents=True, exist_ok=True)
+        for command in (run.command(threads), frames):
+            with (run.folder / CONSOLE).open("ab") as console:
+                with self._change:
+                    if self._is_stopped:
+                        return "stopped"
+                    process = subprocess.Popen(
+                        command, stdout=console, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
+                    )
+                    self._processes.add(process)
+                status = process.wait()
+                with self._change:
+                    self._processes.discard(process)
+            if status != 0:
+                return f"status {status}: {_last_paragraph(run.folder / CONSOLE)}"
+        return ""
+
+    def _stop(self) -> None:
+        """End what is running; nothing new starts."""
+        with self._change:
+            self._is_stopped = True
+            for process in self._processes:
+                process.terminate()
+            self._change.notify_all()
+
+    def _write(self) -> None:
+        write_tables(self.suite.output, self.results, {str(path): why for path, why in self.failures.items()})
+
+
+def _last_paragraph(console: Path) -> str:
+    """The error at the end of what a run has printed."""
+    text = console.read_text(encoding="utf-8", errors="replace").strip()
+    start = text.rfind("error: ")
+    return " ".join(text[start if start >= 0 else -300 :].split()) or "it printed nothing"
+
+
+def parse(arguments: Sequence[str]) -> Suite:
+    """The suite that a command line describes. Raises: InputError."""
+    summary = (__doc__ or "").split("\n\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m launch.run_all", description=summary)
+    parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FOLDER",
+                        help="data sets; with --protocol, the folder that holds the scenes")  # fmt: skip
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for all runs and the table")
+    parser.add_argument(
+        "--protocol", choices=tuple(PROTOCOLS), nargs="+", default=(), help="benchmarks, with their flags"
+    )
+    parser.add_argument("--scenes", nargs="+", default=(), help="only these scenes of the benchmarks")
+    parser.add_argument("--methods", nargs="+", default=USUAL_METHODS, metavar="NAME",
+                        help=f"of {', '.join(METHODS)} [{' '.join(USUAL_METHODS)}]")  # fmt: skip
+    parser.add_argument(
+        "--add", nargs=2, action="append", default=[], metavar=("NAME", "FLAGS"), help="one more method"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0,), help="seeds; the table has means and spreads [0]")
+    parser.add_argument(
+        "--post_iterations", type=int, default=5000, help="length of post, after the base [%(default)s]"
+    )
+    parser.add_argument("--gpus", nargs="*", metavar="N", help="GPUs to use, one run each [all]; none: the CPU")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once on the CPU [%(default)s]")
+    own, flags = split_arguments(arguments)
+    values = parser.parse_args(own)
+    if values.jobs < 1 or values.post_iterations < 1:
+        raise InputError("--jobs and --post_iterations are 1 or more")
+    if values.protocol:
+        if len(values.data) != 1:
+            raise InputError("with --protocol, --data is the one folder that holds the scenes")
+        scenes = scenes_of(values.protocol, values.data[0], values.scenes)
+    else:
+        scenes = own_scenes(values.data)
+    return Suite(
+        output=values.output.absolute(),
+        scenes=tuple(scenes),
+        methods=tuple(methods_of(values.methods, values.add)),
+        seeds=tuple(dict.fromkeys(values.seeds)),
+        flags=tuple(flags),
+        post_iterations=values.post_iterations,
+        gpus=tuple(values.gpus) if values.gpus is not None else _all_gpus(),
+        jobs=values.jobs,
+    )
+
+
+def _all_gpus() -> tuple[str, ...]:
+    """Every GPU that this process may use, by the name that its children know it by."""
+    import torch  # imported here: --help need not wait for it
+
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = chosen.split(",") if chosen else [str(number) for number in range(torch.cuda.device_count())]
+    return tuple(name.strip() for name in names[: torch.cuda.device_count()])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a suite; the status is 1 when a run failed."""
+    suite = parse(arguments)
+    suite.output.mkdir(parents=True, exist_ok=True)
+    schedule = Schedule(suite)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # so that no run is left behind
+    schedule.run()
+    print((suite.output / "table.md").read_text(encoding="utf-8"), end="")
+    print(f"Tables: {suite.output / 'table.md'}, table.json, table.html")
+    return 1 if schedule.failures else 0
+
+
+if __name__ == "__main__":
+    run_main(main)

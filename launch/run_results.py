@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one run of a suite ended with: gathered from its folder, and kept there in run.json. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.log_reader import read_log
+from launch.protocols import BenchmarkScene
+from scene.errors import InputError
+from scene.model_folder import ModelFolder, write_json_atomically
+
+RUN_FILE = "run.json"
+FRAME_RATE_FILE = "frame_rate.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """The measures of a finished run.
+
+    psnr (dB), ssim, lpips (None without its weights): means over the test views. num_bytes: of the saved ply. seconds:
+    of training, without measuring and saving. peak_bytes: memory of the GPU, of the process where there is none.
+    """
+
+    protocol: str
+    scene: str
+    method: str
+    seed: int
+    psnr: float
+    ssim: float
+    lpips: float | None
+    num_gaussians: int
+    num_bytes: int
+    seconds: float
+    peak_bytes: int
+    frames_per_second: float
+    device: str
+
+    def __str__(self) -> str:
+        """A few words for the terminal."""
+        return f"{self.psnr:.2f} dB, {self.num_gaussians:,} Gaussians, {self.seconds:.0f} s"
+
+
+def read_result(folder: Path, scene: BenchmarkScene, method: str, seed: int, flags: Sequence[str]) -> Result | None:
+    """What is kept in the folder of a run; None when it is not finished.
+
+    Raises: InputError when it was made from other data or with other flags, or the file is damaged.
+    """
+    path = folder / RUN_FILE
+    if not path.exists():
+        return None
+    kept = _json(path)
+    if kept.get("flags") != list(flags) or kept.get("source") != str(scene.source):
+        raise InputError(
+            f"{folder} holds a run of other flags or data ({' '.join(kept.get('flags', []))}) than {' '.join(flags)} "
+            "on the same name; choose another output folder, or remove that one"
+        )
+    try:
+        return Result(**kept["result"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} is of another version ({error}); remove that run's folder") from error
+
+
+def result_of(folder: Path, scene: BenchmarkScene, method: str, seed: int, flags: Sequence[str]) -> Result:
+    """Gather what a run has left in its folder, and keep it in run.json: the run is finished.
+
+    Raises: InputError when a part is missing.
+    """
+    model = ModelFolder.open(folder)
+    iteration, log = model.find_iteration(), read_log(model.metrics)
+    measures = _json(model.results("test")).get(f"ours_{iteration}", {})
+    frames = _json(folder / FRAME_RATE_FILE)
+    saved = [record for record in log.saved if record["iteration"] == iteration]
+    if log.end is None or not saved or "PSNR" not in measures:
+        raise InputError(f"{folder} has no measures of iteration {iteration}; are there test views?")
+    result = Result(
+        protocol=scene.protocol,
+        scene=scene.name,
+        method=method,
+        seed=seed,
+        psnr=measures["PSNR"],
+        ssim=measures["SSIM"],
+        lpips=measures.get("LPIPS"),
+        num_gaussians=saved[-1]["num_gaussians"],
+        num_bytes=model.point_cloud(iteration).stat().st_size,
+        seconds=log.end["seconds"],
+        peak_bytes=log.end.get("gpu_peak_bytes") or log.end["peak_memory_bytes"],
+        frames_per_second=frames["frames_per_second"],
+        device=frames["device"],
+    )
+    write_json_atomically(
+        folder / RUN_FILE, {"source": str(scene.source), "flags": list(flags), "result": asdict(result)}
+    )
+    return result
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); remove the run's folder to have it made again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged; remove the run's folder to have it made again")
+    return content

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suites of runs: what is run, in which order, on what; what is not run again; and the table of the results."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import launch.run_all
+from launch.cli import parse_train
+from launch.protocols import METHODS, PROTOCOLS, USUAL_METHODS, methods_of, scenes_of
+from launch.run_all import Schedule, main, parse
+from launch.run_results import Result
+from launch.run_table import COLUMNS, html_of, markdown_of, rows_of
+from scene.errors import InputError
+from scene.gaussians import GaussianTable, attributes_for
+from scene.ply import save_ply
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    for name in ("fox", "garden"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    return tmp_path / "data"
+
+
+class Process:
+    """What subprocess.Popen returns, as far as it is used."""
+
+    def __init__(self, wait: Callable[[], int], terminate: Callable[[], None] = lambda: None) -> None:
+        self.wait, self.terminate = wait, terminate
+
+
+class StandIn:
+    """In place of subprocess: writes what train.py and launch.frame_rate leave, and remembers how it was called."""
+
+    STDOUT = -2
+
+    def __init__(self, failing: str = "") -> None:
+        self.failing, self.lock = failing, threading.Lock()
+        self.calls: list[list[str]] = []
+        self.trained: list[tuple[str, str]] = []  # folder's name and GPU, as they began
+        self.busy: dict[str, int] = {}
+        self.most: dict[str, int] = {}
+
+    def Popen(self, command: Sequence[str], env: Mapping[str, str], stdout: Any, **_: object) -> object:
+        gpu, is_training = env["CUDA_VISIBLE_DEVICES"], "-m" in command and "launch.frame_rate" not in command
+        model = Path(command[command.index("-m") + 1] if is_training else command[3])
+        with self.lock:
+            self.calls.append(list(command))
+            self.busy[gpu] = self.busy.get(gpu, 0) + 1
+            self.most[gpu] = max(self.most.get(gpu, 0), self.busy[gpu])
+            if is_training:
+                self.trained.append((f"{model.parent.name}/{model.name}", gpu))
+
+        def wait() -> int:
+            threading.Event().wait(0.02)
+            status = 0
+            if is_training and self.failing and self.failing in str(model):
+                stdout.write(b"much\nerror: it does not\nwork\n")
+                status = 2
+            elif is_training:
+                self._train(command, model)
+            else:
+                rate = {"frames_per_second": 50.0, "device": "cpu"}
+                (model / "frame_rate.json").write_text(json.dumps(rate))
+            with self.lock:
+                self.busy[gpu] -= 1
+            return status
+
+        return Process(wait)
+
+    def _train(self, command: Sequence[str], model: Path) -> None:
+        config = parse_train(command[2:])
+        last, seed = config.optimization.iterations, config.optimization.seed
+        if config.prune.start_pointcloud:
+            assert Path(config.prune.start_pointcloud).is_file(), "the base is trained first"
+        count = 4 if model.name.startswith("3dgs") else 2
+        arrays = {spec.name: np.zeros((count, *spec.shape), np.float32) for spec in attributes_for(0)}
+        ply = model / "point_cloud" / f"iteration_{last}" / "point_cloud.ply"
+        ply.parent.mkdir(parents=True)
+        save_ply(ply, GaussianTable.from_arrays(arrays).params)
+        (model / "cfg_args").write_text("Namespace(sh_degree=0)")
+        measures = {"PSNR": 30.0 + seed, "SSIM": 0.9, "LPIPS": None}
+        (model / "results.json").write_text(json.dumps({f"ours_{last}": measures}))
+        lines = [
+            {"kind": "saved", "iteration": last, "num_gaussians": count},
+            {"kind": "end", "seconds": 12.0, "peak_memory_bytes": 3e9, "gpu_peak_bytes": 0},
+        ]
+        (model / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, failing: str = "") -> StandIn:
+    made = StandIn(failing)
+    monkeypatch.setattr(launch.run_all, "subprocess", made)
+    return made
+
+
+def test_every_scene_with_every_method_and_seed_and_one_table(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, out = stand_in(monkeypatch), tmp_path / "out"
+    own = [
+        "--data",
+        str(data / "fox"),
+        str(data / "garden"),
+        "-o",
+        str(out),
+        "--methods",
+        "post",
+        "beta",
+        "--gpus",
+        "4",
+    ]
+    own += ["7", "--seeds", "0", "2", "--add", "small", "--target_mb 3 --bsz 2"]
+    flags = ["--", "--iterations", "700", "--scale_schedules"]
+    assert main([*own, *flags]) == 0
+    expected = {
+        f"{scene}/{method}-{seed}"
+        for scene in ("fox", "garden")
+        for method in ("3dgs", "post", "beta", "small")
+        for seed in (0, 2)
+    }
+    assert {name for name, _ in made.trained} == expected and len(made.trained) == len(expected)
+    assert {gpu for _, gpu in made.trained} == {"4", "7"} and made.most == {"4": 1, "7": 1}
+    small = next(call for call in made.calls if "small-2" in " ".join(call) and "train.py" in call[1])
+    config = parse_train(small[2:])
+    assert (config.prune.target_mb, config.optimization.bsz, config.optimization.seed) == (3.0, 2, 2)
+    assert config.model.eval and config.prune.scale_schedules and config.logging.render_and_evaluate
+    post = parse_train(
+        next(call for call in made.calls if "fox/post-2" in " ".join(call) and "train.py" in call[1])[2:]
+    )
+    assert post.prune.start_pointcloud == str(out / "fox/3dgs-2/point_cloud/iteration_700/point_cloud.ply")
+    assert post.optimization.iterations == 35_000 and not post.prune.scale_schedules
+    table = json.loads((out / "table.json").read_text())
+    assert len(table["runs"]) == 16 and len(table["rows"]) == 12 and table["failures"] == {}
+    assert "| fox | beta | 31.00 ± 1.41 | 0.9000 ± 0.0000 |  | 2 ± 0 |" in (out / "table.md").read_text()
+    assert "<td>31.00 ± 1.41</td>" in (out / "table.html").read_text()
+    count = len(made.calls)
+    assert main([*own, *flags]) == 0 and len(made.calls) == count, "nothing is run twice"
+    assert main([*own, "--seeds", "0", "2", "3", *flags]) == 0
+    assert {name[-1] for name, _ in made.trained[16:]} == {"3"}
+    with pytest.raises(InputError, match="fox/3dgs-0 holds a run of other flags or data"):
+        main([*own, "--", "--iterations", "800"])
+
+
+def test_a_failure_stops_what_starts_from_it_and_nothing_else(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, out = stand_in(monkeypatch, failing="fox/3dgs"), tmp_path / "out"
+    command = ["--data", str(data / "fox"), str(data / "garden"), "-o", str(out), "--methods", "3dgs", "post", "beta"]
+    assert main([*command, "--gpus", "--jobs", "3"]) == 1
+    assert {name for name, _ in made.trained} == {"fox/3dgs-0", "fox/beta-0"} | {
+        f"garden/{method}-0" for method in ("3dgs", "post", "beta")
+    }
+    printed = capsys.readouterr().out
+    assert "fox/3dgs-0: status 2: error: it does not work" in printed
+    assert f"fox/post-0: {out / 'fox/3dgs-0'}, which it starts from, failed" in printed
+    assert (out / "fox/3dgs-0/console.log").read_text().endswith("error: it does not\nwork\n")
+    stand_in(monkeypatch)
+    assert main([*command, "--gpus"]) == 0, "what failed is tried again"
+    assert len(json.loads((out / "table.json").read_text())["runs"]) == 6
+
+
+def test_an_interruption_ends_what_is_running(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, ended = threading.Event(), threading.Event()
+
+    def start(command: Sequence[str], **_: object) -> object:
+        started.set()
+        return Process(lambda: 143 if ended.wait(20) else 0, ended.set)
+
+    def interrupt(*_: object, **__: object) -> object:
+        assert started.wait(20)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch.run_all, "subprocess", SimpleNamespace(Popen=start, STDOUT=-2))
+    monkeypatch.setattr(launch.run_all, "wait", interrupt)
+    (tmp_path / "out").mkdir()
+    schedule = Schedule(parse(["--data", str(data / "fox"), "-o", str(tmp_path / "out"), "--gpus"]))
+    with pytest.raises(KeyboardInterrupt):
+        schedule.run()
+    assert ended.is_set() and schedule.failures == {} and schedule.results == []
+
+
+def test_a_defect_in_a_worker_is_not_swallowed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(command: Sequence[str], **_: object) -> object:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(launch.run_all, "subprocess", SimpleNamespace(Popen=start, STDOUT=-2))
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(["--data", str(data / "fox"), "-o", str(tmp_path / "out"), "--gpus", "--jobs", "2"])
+
+
+def test_protocols_are_those_of_the_papers(tmp_path: Path) -> None:
+    assert [len(scenes) for scenes in PROTOCOLS.values()] == [9, 2, 2, 8]
+    for scenes in PROTOCOLS.values():
+        for name in scenes:
+            (tmp_path / name).mkdir()
+    found = {scene.name: scene for scene in scenes_of(tuple(PROTOCOLS), tmp_path, ())}
+    configs = {name: parse_train(["-s", str(scene.source), *scene.flags]) for name, scene in found.items()}
+    assert len(configs) == 21 and all(config.model.eval for config in configs.values())
+    images = {name: config.model.images for name, config in configs.items()}
+    assert {name for name, folder in images.items() if folder == "images_4"} == {
+        *("bicycle", "flowers", "garden", "stump", "treehill")
+    }
+    assert {name for name, folder in images.items() if folder == "images_2"} == {"room", "counter", "kitchen", "bonsai"}
+    assert {name for name, config in configs.items() if config.model.white_background} == set(
+        PROTOCOLS["nerf_synthetic"]
+    )
+    assert [scene.name for scene in scenes_of(("deep_blending",), tmp_path, ("playroom",))] == ["playroom"]
+    with pytest.raises(InputError, match="lego is not a scene of deep_blending"):
+        scenes_of(("deep_blending",), tmp_path, ("lego",))
+    with pytest.raises(InputError, match="there is no folder .*drjohnson"):
+        scenes_of(("deep_blending",), tmp_path / "x", ())
+
+
+def test_methods_are_valid_trainings() -> None:
+    for method in METHODS.values():
+        start = ["--start_pointcloud", "a.ply", "--iterations", "35000"] if method.base else []
+        config = parse_train(["-s", "data", *method.flags, *start])
+        assert config.notices == (), method.name
+    assert [method.name for method in methods_of(("post", "gamma"), ())] == ["3dgs", "post", "gamma"]
+    with pytest.raises(InputError, match="delta is unknown"):
+        methods_of(("delta",), ())
+    with pytest.raises(InputError, match="this method exists"):
+        methods_of(USUAL_METHODS, (("post", ""),))
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--jobs", "0"), "--jobs and --post_iterations are 1 or more"),
+        (("--protocol", "deep_blending"), "--data is the one folder"),
+        (("--data", "data/fox", "other/fox"), "several data sets are called fox"),
+        (("--data", "data/wolf"), "there is no folder"),
+    ],
+)
+def test_impossible_suites_are_refused(
+    data: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], sentence: str
+) -> None:
+    monkeypatch.chdir(data.parent)
+    with pytest.raises(InputError, match=sentence):
+        parse(["--data", "data/fox", "data/garden", "-o", "out", *flags])
+
+
+def result(scene: str, method: str, psnr: float, count: int, seed: int = 0, lpips: float | None = 0.1) -> Result:
+    return Result("p", scene, method, seed, psnr, 0.9, lpips, count, 62 * 4 * count, 60.0, 10**9, 100.0, "<chip>")
+
+
+def test_rows_compare_with_the_scene_unpruned_and_means_need_every_scene() -> None:
+    results = [
+        *(result("b", "beta", 29.9, 400), result("b", "3dgs", 30.0, 1000), result("a", "3dgs", 20.0, 2000)),
+        *(result("a", "beta", 20.3, 1000, lpips=None), result("a", "mine", 19.0, 100)),
+    ]
+    rows = rows_of(results)
+    names = [
+        ("a", "3dgs"),
+        ("a", "beta"),
+        ("a", "mine"),
+        ("b", "3dgs"),
+        ("b", "beta"),
+        ("mean", "3dgs"),
+        ("mean", "beta"),
+    ]
+    assert [(row.scene, row.method) for row in rows] == names
+    text = markdown_of(results, {"/x": "broken"})
+    assert "| p: a | beta | 20.30 | 0.9000 |  | 1,000 | 0.2 | 60 | 1.00 | 100.0 | 50.0 % | +0.30 | 1 |" in text
+    assert "| p: mean | beta | 25.10 | 0.9000 |  | 700 | 0.2 | 60 | 1.00 | 100.0 | 53.3 % | +0.10 | 1 |" in text
+    assert "- /x: broken" in text and len(COLUMNS) == 8
+    page = html_of(results, {"/x": "<broken>"})
+    assert page.count("<tr") == 1 + len(rows) and "&lt;broken&gt;" in page and "<chip>" not in page
+
+
+@pytest.mark.slow
+def test_a_suite_for_real(tiny_fox: Path, tmp_path: Path) -> None:
+    """Two runs at once on the CPU, the second from the first's model, and the frame rate of both."""
+    command = ["--data", str(tiny_fox), "-o", str(tmp_path), "--methods", "beta", "post", "--jobs", "2", "--gpus"]
+    flags = ["--", "--iterations", "40", "--no_report"]
+    assert main([*command, "--post_iterations", "20", *flags]) == 0
+    rows = {row["method"]: row["measures"] for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
+    assert set(rows) == {"3dgs", "beta", "post"}
+    for measures in rows.values():
+        assert (
+            measures["FPS"]["mean"] > 1 and measures["PSNR (dB)"]["mean"] > 5 and measures["peak (GB)"]["mean"] > 0.05
+        )
+    assert rows["post"]["PSNR (dB)"]["mean"] > rows["3dgs"]["PSNR (dB)"]["mean"]
