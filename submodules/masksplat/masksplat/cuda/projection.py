@@ -83,12 +83,13 @@ def project(
     )
     stride = 3 * gaussians.shN.shape[1]
     uses_harmonics = settings.sh_degree is not None and settings.sh_degree > 0
+    shared_floats = max(stride if uses_harmonics else 0, NUM_ROW_COLUMNS)  # of each thread: coefficients, then its row
     launcher(
         f"project.project_{KERNEL_SUFFIXES[settings.sh_degree]}", -(-num_gaussians // PROJECT_BLOCK), PROJECT_BLOCK,
         *table, masks, ids, cameras, np.int32(num_gaussians), np.int32(num_views),
         np.int32(stride), np.float32(settings.near_plane), np.float32(settings.far_plane), *_flags(settings),
         splats.rows, splats.depths, splats.ids, splats.gaussians, splats.boxes, splats.slots, counts,
-        shared_bytes=4 * PROJECT_BLOCK * stride if uses_harmonics else 0,
+        shared_bytes=4 * PROJECT_BLOCK * shared_floats,
     )  # fmt: skip
     return splats
 

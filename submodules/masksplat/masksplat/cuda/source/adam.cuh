@@ -20,7 +20,9 @@ __device__ __forceinline__ void adam_value(float& param, float& first, float& se
     const float g = gradient * f.scale;
     first = f.beta1 * first + (1.0f - f.beta1) * g;
     second = f.beta2 * second + (1.0f - f.beta2) * g * g;
-    param -= f.rate * first / (sqrtf(second) * f.root + f.eps);
+    // Approximate to a few ulp of the update, far below what the parameter can hold; rounding as IEEE 754 says takes
+    // three times the instructions. A second moment that is denormal counts as 0: its root is far below any eps.
+    param -= f.rate * first * reciprocal_approximate(root_approximate(second) * f.root + f.eps);
 }
 
 __device__ __forceinline__ void adam_word(float4& param, float4& first, float4& second, float4 gradient,

@@ -84,3 +84,14 @@ __device__ __forceinline__ float reciprocal_approximate(float x) {
     return 1.0f / x;
 #endif
 }
+
+// Good to 1 ulp, 0 for 0.
+__device__ __forceinline__ float root_approximate(float x) {
+#ifndef EMULATED
+    float result;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#else
+    return sqrtf(x);
+#endif
+}

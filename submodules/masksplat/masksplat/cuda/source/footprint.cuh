@@ -20,17 +20,6 @@ constexpr float FOOTPRINT_WORST_RATIO = 1e6f;      // of a c to D: beyond it the
 constexpr float LOG2_OF_255 = 7.994353436858858f;
 constexpr float TWO_LN_2 = 1.3862943611198906f;
 
-// Good to 1 ulp, 0 for 0.
-__device__ __forceinline__ float root_approximate(float x) {
-#ifndef EMULATED
-    float result;
-    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
-#else
-    return sqrtf(x);
-#endif
-}
-
 struct Footprint {
     float at, det, b, inverse_a;   // at = a t
     float dy_max, dy_star;         // dy_max < 0: not usable, the splat's box alone bounds it

@@ -4,6 +4,10 @@
 //
 // A thread has one Gaussian and goes through the views, so that the table is read from memory once. A block's splats of
 // a view lie side by side; which block comes first is left to chance (one atomic addition a block and view).
+//
+// What takes time is waiting for memory, so little is waited for in turn: 1 the mean decides who may be seen, 2 the
+// coefficients of these start on their way, and with them whatever else the projection needs, 3 colours, while the
+// block's rows are reserved, 4 rows leave through the shared memory that the coefficients had.
 #include "geometry.cuh"
 #include "harmonics.cuh"
 #include "staging.cuh"
@@ -29,16 +33,29 @@ struct Splat {
     int4 box;
 };
 
-// False when the Gaussian is certainly unseen by the rule of 3DGS. The 2D covariance is at most
-// (largest scale * |J|)^2 + eps2d, and |J|^2 <= (fx^2 (1 + u^2) + fy^2 (1 + v^2)) / z^2.
-__device__ __forceinline__ bool may_be_seen(const Camera& camera, const Limits& limits, float mean_x, float mean_y,
-                                            float inverse_z, Vector scale) {
-    const float beyond_x = fmaxf(-mean_x, mean_x - camera.width - TILE);
-    const float beyond_y = fmaxf(-mean_y, mean_y - camera.height - TILE);
+// A Gaussian in a view, as its mean alone tells.
+struct Approach {
+    Vector mean, point;                    // in the world and by the camera
+    float inverse_z, mean_x, mean_y;
+};
+
+// False when the Gaussian is certainly unseen by the rule of 3DGS; the scale is only looked at beside the image. The 2D
+// covariance is at most (largest scale * |J|)^2 + eps2d, and |J|^2 <= (fx^2 (1 + u^2) + fy^2 (1 + v^2)) / z^2.
+__device__ __forceinline__ bool may_be_seen(const Table& table, long long i, const Camera& camera, const Limits& limits,
+                                            Approach& seen) {
+    seen.mean = load_vector(table.means, i);
+    seen.point = camera_point(camera, seen.mean);
+    if (!(seen.point.z > limits.near_plane && seen.point.z < limits.far_plane)) return false;
+    seen.inverse_z = 1.0f / seen.point.z;
+    seen.mean_x = camera.fx * seen.point.x * seen.inverse_z + camera.cx;
+    seen.mean_y = camera.fy * seen.point.y * seen.inverse_z + camera.cy;
+    const float beyond_x = fmaxf(-seen.mean_x, seen.mean_x - camera.width - TILE);
+    const float beyond_y = fmaxf(-seen.mean_y, seen.mean_y - camera.height - TILE);
     const float outside = fmaxf(beyond_x, beyond_y) - ROUNDING_PIXELS;
     if (outside <= 0.0f) return true;
+    const Vector scale = load_vector(table.scales, i);
     const float largest = fmaxf(scale.x, fmaxf(scale.y, scale.z));
-    const float spread = (limits.is_final ? largest : expf(fminf(largest, EXP_LIMIT))) * inverse_z;
+    const float spread = (limits.is_final ? largest : expf(fminf(largest, EXP_LIMIT))) * seen.inverse_z;
     const float u = fmaxf(-camera.x_low, camera.x_high), v = fmaxf(-camera.y_low, camera.y_high);
     const float jacobian = camera.fx * camera.fx * (1.0f + u * u) + camera.fy * camera.fy * (1.0f + v * v);
     // lambda_max <= trace + 1/3, where 1/3 is the square root of 3DGS's 0.1 rounded up.
@@ -83,26 +100,24 @@ __device__ __forceinline__ bool write_box(const Camera& camera, float xx, float 
     return x.x < x.y && y.x < y.y;
 }
 
-// What becomes of Gaussian i in a view: SLOT_PACKED with everything in `splat`, or why not.
+// What becomes in a view of Gaussian i, which may be seen: SLOT_PACKED with everything in `splat`, or why not.
 __device__ __forceinline__ int project_one(const Table& table, long long i, const Camera& camera, const Limits& limits,
-                                           Splat& splat) {
-    const Vector point = camera_point(camera, load_vector(table.means, i));
-    if (!(point.z > limits.near_plane && point.z < limits.far_plane)) return SLOT_UNSEEN;
-    const float inverse_z = 1.0f / point.z;
-    splat.mean_x = camera.fx * point.x * inverse_z + camera.cx;
-    splat.mean_y = camera.fy * point.y * inverse_z + camera.cy;
-    splat.depth = point.z;
+                                           const Approach& seen, Splat& splat) {
     const Vector scale = load_vector(table.scales, i);
-    if (!may_be_seen(camera, limits, splat.mean_x, splat.mean_y, inverse_z, scale)) return SLOT_UNSEEN;
-    const Quaternion quaternion = unit_quaternion(reinterpret_cast<const float4*>(table.quats)[i]);
-    const Half m = image_turn(camera, jacobian(camera, point, inverse_z));
-    const Half half = half_projection(m, quaternion, activated_scale(scale, limits.is_final));
+    const float4 raw_quaternion = reinterpret_cast<const float4*>(table.quats)[i];
+    const float raw_opacity = table.opacities[i];
+    splat.mean_x = seen.mean_x;
+    splat.mean_y = seen.mean_y;
+    splat.depth = seen.point.z;
+    const Half m = image_turn(camera, jacobian(camera, seen.point, seen.inverse_z));
+    const Half half =
+        half_projection(m, unit_quaternion(raw_quaternion), activated_scale(scale, limits.is_final));
     const Covariance cov = covariance(half, limits.eps2d);
     const float xx = cov.xx + limits.eps2d, yy = cov.yy + limits.eps2d;
     if (!(cov.det > 0.0f) || !touches_tiles_by_3dgs(camera, splat.mean_x, splat.mean_y, xx, cov.xy, yy)) {
         return SLOT_UNSEEN;
     }
-    splat.opacity = activated_opacity(table.opacities[i], limits.is_final);
+    splat.opacity = activated_opacity(raw_opacity, limits.is_final);
     if (limits.is_antialiased) splat.opacity *= sqrtf(cov.det_before / cov.det);
     if (!(splat.opacity >= ALPHA_MIN) || !write_box(camera, xx, yy, splat)) return SLOT_NO_PIXEL;
     const float inverse = 1.0f / cov.det;
@@ -125,8 +140,7 @@ __device__ __forceinline__ Vector colour_of(const Camera& camera, Vector mean, V
 }
 
 // What the block shares while it packs one view.
-struct __align__(8) Packing {
-    float rows[BLOCK * NUM_ROW_COLUMNS];  // copied out in words of 8 bytes
+struct Packing {
     unsigned ballots[BLOCK / WARP];       // who is packed
     int base;                             // first row of the block within the view
 };
@@ -167,53 +181,67 @@ __device__ __forceinline__ void project(
     const Limits& limits, float* __restrict__ rows, float* __restrict__ depths, long long* __restrict__ row_ids,
     int* __restrict__ gaussians, int4* __restrict__ boxes, int* __restrict__ slots, int* __restrict__ counts) {
     constexpr int USED = 3 * higher_bases(DEGREE);
-    extern __shared__ float4 staged_words[];
+    extern __shared__ float4 staged_words[];  // coefficients, then rows
     __shared__ Packing packing;
     float* staged = reinterpret_cast<float*>(staged_words);
-    const int local = threadIdx.x, first = blockIdx.x * BLOCK;
-    const long long i = first + local;
-    const int num_rows = min(BLOCK, num_gaussians - first);
+    const int local = threadIdx.x, warp_first = local / WARP * WARP;
+    const long long first = static_cast<long long>(blockIdx.x) * BLOCK, i = first + local;
+    const int num_rows = static_cast<int>(min(static_cast<long long>(BLOCK), num_gaussians - first));
     for (int view = 0; view < num_views; ++view) {
         const Camera& camera = cameras[view];
         const long long view_start = static_cast<long long>(view) * num_gaussians;
-        Splat splat;
+        Approach seen;
+        const bool is_candidate = local < num_rows && may_be_seen(table, i, camera, limits, seen);
+        const unsigned candidates = __ballot_sync(ALL_LANES, is_candidate);
+        if constexpr (USED > 0) {
+            if (candidates != 0) {
+                stage_rows(shN + (first + warp_first) * stride, min(WARP, num_rows - warp_first), stride, USED,
+                           candidates, staged + warp_first * stride);
+            }
+        }
         int slot = SLOT_UNSEEN;
-        if (local < num_rows) slot = project_one(table, i, camera, limits, splat);
+        Splat splat;
+        if (is_candidate) slot = project_one(table, i, camera, limits, seen, splat);
         const bool is_packed = slot == SLOT_PACKED;
         const unsigned ballot = __ballot_sync(ALL_LANES, is_packed);
         if (local % WARP == 0) packing.ballots[local / WARP] = ballot;
+        Vector colour = {};
+        float mask = 1.0f;
+        long long id = i;
+        if (is_packed) {
+            colour = load_vector(sh0, i);
+            if (masks != nullptr) mask = masks[i];
+            if (ids != nullptr) id = ids[i];
+        }
         __syncthreads();
-        const int num_packed = count_packed(packing.ballots, BLOCK);
-        if (num_packed > 0) {
-            if (local == 0) packing.base = atomicAdd(counts + view, num_packed);
-            if constexpr (USED > 0) stage_rows(shN, first, num_rows, stride, USED, packing.ballots, staged);
-            wait_for_copies();
-            __syncthreads();
-            const int place = count_packed(packing.ballots, local);
-            const long long target = view_start + packing.base + place;
-            if (is_packed) {
-                const Vector mean = load_vector(table.means, i);
-                const Vector colour =
-                    colour_of<DEGREE>(camera, mean, load_vector(sh0, i), staged + local * stride);
-                write_row(packing.rows + place * NUM_ROW_COLUMNS, splat, colour, masks == nullptr ? 1.0f : masks[i]);
-                depths[target] = splat.depth;
-                row_ids[target] = ids == nullptr ? i : ids[i];
-                gaussians[target] = static_cast<int>(i);
-                boxes[target] = splat.box;
-                slot = static_cast<int>(target);
-            }
-            __syncthreads();
-            float2* to = reinterpret_cast<float2*>(rows + (view_start + packing.base) * NUM_ROW_COLUMNS);
-            const float2* from = reinterpret_cast<const float2*>(packing.rows);
-            for (int k = local; k < num_packed * (NUM_ROW_COLUMNS / 2); k += BLOCK) to[k] = from[k];
+        const int num_packed = count_packed(packing.ballots, BLOCK), place = count_packed(packing.ballots, local);
+        // On its way while colours are computed.
+        const int reserved = local == 0 && num_packed > 0 ? atomicAdd(counts + view, num_packed) : 0;
+        wait_for_copies();
+        __syncwarp();
+        if (is_packed) colour = colour_of<DEGREE>(camera, seen.mean, colour, staged + local * stride);
+        if (local == 0) packing.base = reserved;
+        __syncthreads();
+        const long long target = view_start + packing.base + place;
+        if (is_packed) {
+            write_row(staged + place * NUM_ROW_COLUMNS, splat, colour, mask);
+            depths[target] = splat.depth;
+            row_ids[target] = id;
+            gaussians[target] = static_cast<int>(i);
+            boxes[target] = splat.box;
+            slot = static_cast<int>(target);
         }
         if (local < num_rows) slots[view_start + i] = slot;
-        __syncthreads();  // before the next view writes the ballots and rows
+        __syncthreads();
+        float2* to = reinterpret_cast<float2*>(rows + (view_start + packing.base) * NUM_ROW_COLUMNS);
+        const float2* from = reinterpret_cast<const float2*>(staged);
+        for (int k = local; k < num_packed * (NUM_ROW_COLUMNS / 2); k += BLOCK) to[k] = from[k];
+        __syncthreads();  // before the next view writes the ballots and coefficients
     }
 }
 
 #define PROJECT_KERNEL(NAME, DEGREE)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(BLOCK, 8)                                                            \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 9)                                                            \
         NAME(const float* __restrict__ means, const float* __restrict__ quats, const float* __restrict__ scales,      \
              const float* __restrict__ opacities, const float* __restrict__ sh0, const float* __restrict__ shN,       \
              const float* __restrict__ masks, const long long* __restrict__ ids,                                      \

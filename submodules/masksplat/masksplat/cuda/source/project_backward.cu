@@ -16,7 +16,9 @@ constexpr int BLOCK = 64;
 constexpr int SMALL = 14;  // floats of a Gaussian without shN: means, quats, scales, opacity, sh0
 constexpr int AT_MEANS = 0, AT_QUATS = 3 * BLOCK, AT_SCALES = 7 * BLOCK, AT_OPACITIES = 10 * BLOCK;
 constexpr int AT_SH0 = 11 * BLOCK;  // where each attribute's gradients begin in shared memory
-constexpr int WORDS_AT_ONCE = 2;    // of 16 bytes, that a thread loads before it stores
+constexpr int SMALL_ATTRIBUTES = 5;
+constexpr int WORDS_AT_ONCE = 4;    // of 16 bytes, that a thread loads before it stores
+constexpr int SMALL_AT_ONCE = 3;    // attributes, a word of each likewise
 
 // A row of d_rows.
 struct RowGradient {
@@ -241,50 +243,116 @@ __device__ __forceinline__ void store_small(float* small, int local, const Gradi
     sh0[2] = sums.sh0.z;
 }
 
-// Adam on `count` floats from `start` on (a multiple of 4), with their gradients in shared memory, or with none (null).
-// Where UPDATES is false the gradients are only written. All threads of the block.
+// A word of 16 bytes of an attribute and its moments.
+struct AdamWord {
+    float4 param, first, second;
+};
+
 template <bool UPDATES>
-__device__ __forceinline__ void finish_span(const Attribute& attribute, long long start, int count,
-                                            const float* gradients, const float* __restrict__ packed_factors) {
-    const AdamFactors factors = UPDATES ? *reinterpret_cast<const AdamFactors*>(packed_factors) : AdamFactors{};
-    const int num_words = count / 4;
-    const float4* given = reinterpret_cast<const float4*>(gradients);
-    float4* params = reinterpret_cast<float4*>(attribute.param + start);
-    float4* firsts = UPDATES ? reinterpret_cast<float4*>(attribute.first + start) : nullptr;
-    float4* seconds = UPDATES ? reinterpret_cast<float4*>(attribute.second + start) : nullptr;
-    for (int base = threadIdx.x; base < num_words; base += WORDS_AT_ONCE * BLOCK) {
-        float4 param[WORDS_AT_ONCE], first[WORDS_AT_ONCE], second[WORDS_AT_ONCE];
-#pragma unroll
-        for (int k = 0; k < WORDS_AT_ONCE; ++k) {
-            const int word = base + k * BLOCK;
-            if (UPDATES && word < num_words) {
-                param[k] = params[word];
-                first[k] = firsts[word];
-                second[k] = seconds[word];
-            }
-        }
-#pragma unroll
-        for (int k = 0; k < WORDS_AT_ONCE; ++k) {
-            const int word = base + k * BLOCK;
-            if (word >= num_words) break;
-            const float4 gradient = given == nullptr ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : given[word];
-            if (!UPDATES) {
-                params[word] = gradient;
-                continue;
-            }
-            adam_word(param[k], first[k], second[k], gradient, factors);
-            params[word] = param[k];
-            firsts[word] = first[k];
-            seconds[word] = second[k];
-        }
+__device__ __forceinline__ void load_word(const Attribute& attribute, long long word, AdamWord& loaded) {
+    if (!UPDATES) return;
+    loaded.param = reinterpret_cast<const float4*>(attribute.param)[word];
+    loaded.first = reinterpret_cast<const float4*>(attribute.first)[word];
+    loaded.second = reinterpret_cast<const float4*>(attribute.second)[word];
+}
+
+// Adam, or where UPDATES is false the gradient itself, into the word.
+template <bool UPDATES>
+__device__ __forceinline__ void finish_word(const Attribute& attribute, long long word, AdamWord& loaded,
+                                            float4 gradient, const AdamFactors& factors) {
+    if (!UPDATES) {
+        reinterpret_cast<float4*>(attribute.param)[word] = gradient;
+        return;
     }
-    for (int k = 4 * num_words + threadIdx.x; k < count; k += BLOCK) {
+    adam_word(loaded.param, loaded.first, loaded.second, gradient, factors);
+    reinterpret_cast<float4*>(attribute.param)[word] = loaded.param;
+    reinterpret_cast<float4*>(attribute.first)[word] = loaded.first;
+    reinterpret_cast<float4*>(attribute.second)[word] = loaded.second;
+}
+
+// The floats of [start, start + count) behind the last whole word.
+template <bool UPDATES>
+__device__ __forceinline__ void finish_rest(const Attribute& attribute, long long start, int count,
+                                            const float* gradients, const AdamFactors& factors) {
+#pragma unroll 1  // the last rows of all at most
+    for (int k = count / 4 * 4 + threadIdx.x; k < count; k += BLOCK) {
         const float gradient = gradients == nullptr ? 0.0f : gradients[k];
         if (UPDATES) {
             adam_value(attribute.param[start + k], attribute.first[start + k], attribute.second[start + k], gradient,
                        factors);
         } else {
             attribute.param[start + k] = gradient;
+        }
+    }
+}
+
+__device__ __forceinline__ float4 gradient_word(const float* gradients, int word) {
+    return gradients == nullptr ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : reinterpret_cast<const float4*>(gradients)[word];
+}
+
+template <bool UPDATES>
+__device__ __forceinline__ AdamFactors load_factors(const float* __restrict__ packed) {
+    return UPDATES ? *reinterpret_cast<const AdamFactors*>(packed) : AdamFactors{};
+}
+
+// Stage 4 for `count` floats from `start` on (a multiple of 4), with their gradients in shared memory, or with none
+// (null). All threads of the block.
+template <bool UPDATES>
+__device__ __forceinline__ void finish_span(const Attribute& attribute, long long start, int count,
+                                            const float* gradients, const float* __restrict__ packed_factors) {
+    const AdamFactors factors = load_factors<UPDATES>(packed_factors);
+    const int num_words = count / 4;
+    for (int base = threadIdx.x; base < num_words; base += WORDS_AT_ONCE * BLOCK) {
+        AdamWord loaded[WORDS_AT_ONCE];
+#pragma unroll
+        for (int k = 0; k < WORDS_AT_ONCE; ++k) {
+            const int word = base + k * BLOCK;
+            if (word < num_words) load_word<UPDATES>(attribute, start / 4 + word, loaded[k]);
+        }
+#pragma unroll
+        for (int k = 0; k < WORDS_AT_ONCE; ++k) {
+            const int word = base + k * BLOCK;
+            if (word >= num_words) break;
+            finish_word<UPDATES>(attribute, start / 4 + word, loaded[k], gradient_word(gradients, word), factors);
+        }
+    }
+    finish_rest<UPDATES>(attribute, start, count, gradients, factors);
+}
+
+// Floats of a row of the `which`-th attribute but shN, and where its gradients begin in shared memory.
+__device__ __forceinline__ constexpr int small_width(int which) { return which == 1 ? 4 : which == 3 ? 1 : 3; }
+
+__device__ __forceinline__ constexpr int small_start(int which) {
+    return which == 0 ? AT_MEANS : which == 1 ? AT_QUATS : which == 2 ? AT_SCALES : which == 3 ? AT_OPACITIES : AT_SH0;
+}
+
+// Stage 4 for the attributes but shN of the rows from `first` on: a thread has at most a word of each, and loads the
+// words of SMALL_AT_ONCE before it waits for any.
+template <bool UPDATES>
+__device__ __forceinline__ void finish_small(const Attribute (&attributes)[SMALL_ATTRIBUTES], long long first,
+                                             int num_rows, const float* gradients,
+                                             const float* __restrict__ packed_factors) {
+    static_assert(4 * BLOCK / 4 <= BLOCK, "a thread a word");
+#pragma unroll
+    for (int base = 0; base < SMALL_ATTRIBUTES; base += SMALL_AT_ONCE) {
+        AdamWord loaded[SMALL_AT_ONCE];
+#pragma unroll
+        for (int k = 0; k < SMALL_AT_ONCE && base + k < SMALL_ATTRIBUTES; ++k) {
+            const int width = small_width(base + k);
+            if (threadIdx.x < width * num_rows / 4) {
+                load_word<UPDATES>(attributes[base + k], width * first / 4 + threadIdx.x, loaded[k]);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < SMALL_AT_ONCE && base + k < SMALL_ATTRIBUTES; ++k) {
+            const int which = base + k, width = small_width(which);
+            const float* given = gradients == nullptr ? nullptr : gradients + small_start(which);
+            const AdamFactors factors = load_factors<UPDATES>(packed_factors + which * ADAM_FACTORS);
+            if (threadIdx.x < width * num_rows / 4) {
+                finish_word<UPDATES>(attributes[which], width * first / 4 + threadIdx.x, loaded[k],
+                                     gradient_word(given, threadIdx.x), factors);
+            }
+            finish_rest<UPDATES>(attributes[which], width * first, width * num_rows, given, factors);
         }
     }
 }
@@ -358,7 +426,6 @@ __device__ __forceinline__ void backward(const Attributes& table, const Attribut
                                          float* __restrict__ d_masks) {
     constexpr int USED = 3 * higher_bases(DEGREE);
     extern __shared__ float4 shared_words[];
-    __shared__ unsigned active[BLOCK / WARP];
     const int local = threadIdx.x, stride = inputs.stride, num_views = inputs.num_views;
     const long long first = static_cast<long long>(blockIdx.x) * BLOCK, i = first + local;
     const int num_rows = static_cast<int>(min(static_cast<long long>(BLOCK), inputs.num_gaussians - first));
@@ -378,13 +445,18 @@ __device__ __forceinline__ void backward(const Attributes& table, const Attribut
         }
     }
     const unsigned ballot = __ballot_sync(ALL_LANES, is_active);
-    if (local % WARP == 0) active[local / WARP] = ballot;
     const bool has_gradients = __syncthreads_or(is_active) != 0;
 
     if (has_gradients) {
-        if constexpr (USED > 0) stage_rows(table.shN.param, first, num_rows, stride, USED, active, coefficients);
+        const int warp_first = local / WARP * WARP;
+        if constexpr (USED > 0) {
+            if (ballot != 0) {
+                stage_rows(table.shN.param + (first + warp_first) * stride, min(WARP, num_rows - warp_first), stride, USED,
+                           ballot, coefficients + warp_first * stride);
+            }
+        }
         wait_for_copies();
-        __syncthreads();
+        __syncwarp();
         Gradients sums = {};
         float* own = d_coefficients + local * stride;
         const bool is_written = is_active && num_views == 1;
@@ -398,22 +470,15 @@ __device__ __forceinline__ void backward(const Attributes& table, const Attribut
     }
 
     const float* given = has_gradients ? small : nullptr;
-    finish_span<UPDATES>(outputs.means, 3 * first, 3 * num_rows, given ? given + AT_MEANS : nullptr, factors);
-    finish_span<UPDATES>(outputs.quats, 4 * first, 4 * num_rows, given ? given + AT_QUATS : nullptr,
-                         factors + ADAM_FACTORS);
-    finish_span<UPDATES>(outputs.scales, 3 * first, 3 * num_rows, given ? given + AT_SCALES : nullptr,
-                         factors + 2 * ADAM_FACTORS);
-    finish_span<UPDATES>(outputs.opacities, first, num_rows, given ? given + AT_OPACITIES : nullptr,
-                         factors + 3 * ADAM_FACTORS);
-    finish_span<UPDATES>(outputs.sh0, 3 * first, 3 * num_rows, given ? given + AT_SH0 : nullptr,
-                         factors + 4 * ADAM_FACTORS);
+    finish_small<UPDATES>({outputs.means, outputs.quats, outputs.scales, outputs.opacities, outputs.sh0}, first, num_rows,
+                          given, factors);
     finish_span<UPDATES>(outputs.shN, first * stride, num_rows * stride, given ? d_coefficients : nullptr,
                          factors + 5 * ADAM_FACTORS);
 }
 
 // In the names below, `w` is the first and `v` the second moment. factors: six AdamFactors, in the attributes' order.
 #define UPDATE_KERNEL(NAME, DEGREE)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(BLOCK)                                                               \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 10)                                                               \
         NAME(float* means, float* quats, float* scales, float* opacities, float* sh0, float* shN, float* w_means,     \
              float* w_quats, float* w_scales, float* w_opacities, float* w_sh0, float* w_shN, float* v_means,         \
              float* v_quats, float* v_scales, float* v_opacities, float* v_sh0, float* v_shN, const float* factors,   \
@@ -434,7 +499,7 @@ __device__ __forceinline__ void backward(const Attributes& table, const Attribut
     }
 
 #define GRADIENTS_KERNEL(NAME, DEGREE)                                                                                \
-    extern "C" __global__ void __launch_bounds__(BLOCK)                                                               \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 10)                                                               \
         NAME(float* means, float* quats, float* scales, float* opacities, float* sh0, float* shN, float* d_means,     \
              float* d_quats, float* d_scales, float* d_opacities, float* d_sh0, float* d_shN, const float* cameras,   \
              const int* slots, const float* d_rows, int num_gaussians, int num_views, int stride, float eps2d,        \

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows of the coefficients shN, which are too long for coalesced reads by one thread each, on their way through shared
-// memory: whole 16-byte words are copied by all threads of a block, then every thread reads its own row there.
+// memory: whole 16-byte words are copied by all lanes of a warp, then every lane reads its own row there.
 #pragma once
 
 #include "common.cuh"
 
-// Starts a copy of 16 bytes from global to shared memory; `wait_for_copies` and a barrier end it.
+// Starts a copy of 16 bytes from global to shared memory; `wait_for_copies` and a barrier of the warp end it.
 __device__ __forceinline__ void copy_word(float4* shared, const float4* global) {
 #ifndef EMULATED
     const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
@@ -21,27 +21,27 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
-// True when bit `row` of the ballots is set.
-__device__ __forceinline__ bool is_set(const unsigned* ballots, int row) {
-    return (ballots[row / WARP] >> (row % WARP)) & 1u;
-}
-
-// Start copying the first `used` floats of the rows `first_row + r`, r < num_rows, for which bit r of `wanted` is set,
-// to staged[r * stride]. What lies between may be written, too. All threads of the block call it; `first_row` is a
-// multiple of 4 and `values` (rows of `stride` >= 3 floats) 16-byte aligned, so that words are.
-__device__ __forceinline__ void stage_rows(const float* __restrict__ values, long long first_row, int num_rows,
-                                           int stride, int used, const unsigned* wanted, float* staged) {
-    const float* source = values + first_row * stride;
+// Start copying the first `used` floats of the rows r < num_rows <= 32 of `values` for which bit r of `wanted` is set to
+// staged[r * stride]. What lies between may be written, too. All lanes of a warp call it; `values` (rows of `stride` >= 3
+// floats) and `staged` are aligned to 16 bytes.
+__device__ __forceinline__ void stage_rows(const float* __restrict__ values, int num_rows, int stride, int used,
+                                           unsigned wanted, float* staged) {
+    constexpr int STEP = 4 * WARP;  // floats that the warp copies at once
     const int num_floats = num_rows * stride, num_words = num_floats / 4;
-    const float inverse = 1.0f / static_cast<float>(stride);
-    for (int word = thread_rank(); word < num_words; word += blockDim.x) {
-        // Exact: the half keeps the quotient of numbers this small away from whole ones.
-        const int row = static_cast<int>((4 * word + 0.5f) * inverse), next = row + 1;
-        const int column = 4 * word - row * stride;
-        const bool reaches_next = column + 3 >= stride && is_set(wanted, next);
-        if (reaches_next || (column < used && is_set(wanted, row))) {
-            copy_word(reinterpret_cast<float4*>(staged) + word, reinterpret_cast<const float4*>(source) + word);
+    const int row_step = STEP / stride, column_step = STEP % stride;
+    int row = 4 * lane_index() / stride, column = 4 * lane_index() % stride;
+    for (int word = lane_index(); word < num_words; word += WARP) {
+        const unsigned here = wanted >> row;  // bit 0: its row, bit 1: the next one
+        if (((here & 1u) != 0 && column < used) || ((here & 2u) != 0 && column + 3 >= stride)) {
+            copy_word(reinterpret_cast<float4*>(staged) + word, reinterpret_cast<const float4*>(values) + word);
+        }
+        row += row_step;
+        column += column_step;
+        if (column >= stride) {
+            column -= stride;
+            ++row;
         }
     }
-    for (int k = 4 * num_words + thread_rank(); k < num_floats; k += blockDim.x) staged[k] = source[k];
+#pragma unroll 1  // the last rows of all at most
+    for (int k = 4 * num_words + lane_index(); k < num_floats; k += WARP) staged[k] = values[k];
 }
