@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 
 from distributed.communicator import Communicator
@@ -112,6 +113,8 @@ def train_step(training: Training, recorder: Recorder, late: LateSteps, step: in
     result = draw_and_update(
         training.tools, table, batch, gate, training.step_settings(window), training.adam_steps(window)
     )
+    if gate is not None:
+        gate = replace(gate, num_drawn_of_all=result.totals.num_drawn)
     with phases("masks"):
         learned = strategy.after_backward(table, window, gate, result.d_gate, training.mask_scaling(window))
     table.num_updates += 1

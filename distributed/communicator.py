@@ -173,7 +173,8 @@ class Communicator:
         if not self.has_group:
             return values.unsqueeze(0)
         received = values.new_empty((self.size, *values.shape))
-        dist.all_gather(list(received.unbind()), values.detach().contiguous())  # all ranks
+        if values.numel() > 0:
+            _gather_flat(received.view(-1), values.detach().reshape(-1))  # all ranks
         return received
 
     def sum(self, values: Tensor) -> Tensor:
@@ -291,6 +292,12 @@ class Communicator:
         """Leave the process group. A second call does nothing."""
         if self.has_group and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _gather_flat(received: Tensor, values: Tensor) -> None:
+    """Into one tensor: with a list of them, nccl copies what it has gathered once more. torch renamed it in 2.13."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(received, values)
 
 
 def _device(device_type: str, local_rank: int) -> torch.device:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of a step that every rank needs: one vector, summed over ranks once, read by the host once.
+"""The numbers of a step that every rank needs: a vector of each rank, gathered once, read by the host once.
 
-Each rank fills its own places and leaves zeros in the others', so that one sum brings everything together. All entries
-but the two of the loss are whole numbers below 2^53, exact in float64.
+What the device needs of the others before it updates anything travels along: how many Gaussians were drawn, which the
+masks learn from, and whether a buffer was too small, for then no rank updates.
 
 Letters: B views of the batch, W ranks.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from itertools import accumulate
 
 import numpy as np
@@ -22,6 +22,11 @@ from distributed.communicator import Communicator
 from distributed.pixels import PixelPartition, Region, num_tile_rows
 from distributed.transfer import sent_to
 from masksplat.types import TILE
+
+NUM_LOSSES = 2
+ROWS, DRAWN, STOP = range(3)
+NUM_COUNTS = 3
+"""Whole numbers of a rank behind its losses: Gaussians, those whose mask is 1, 1 when a buffer was too small."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +62,18 @@ class StepNumbers:
 
 @dataclass(frozen=True, eq=False)
 class StepTotals:
-    """The summed vector, on the device until it is read. num_rows: this rank's Gaussians."""
+    """What all ranks brought, on the device until it is read.
+
+    num_rows: this rank's Gaussians. num_drawn: () int64, masks of all ranks that are 1; None without masks.
+    values: of several ranks (W, n) int64, a row each: the bits of the two losses, then ROWS, DRAWN, STOP, the splats of
+    each view, the pairs of each row of tiles of each frame, and room up to the longest rank. Of one rank (n,) float64:
+    losses, splats, pairs.
+    """
 
     partition: PixelPartition
-    values: Tensor  # see `share`
+    values: Tensor
     num_rows: int
+    num_drawn: Tensor | None = None
 
     @classmethod
     def share(
@@ -73,48 +85,57 @@ class StepTotals:
         pairs: Sequence[Tensor],
         num_splats: Tensor,
         num_rows: int,
+        num_drawn: Tensor | None = None,
+        status: Tensor | None = None,
     ) -> StepTotals:
-        """Sum over ranks. All ranks call it; no host sync.
+        """Gather them from all ranks, before anything is updated. All ranks call it; no host sync.
 
         Args: loss: (2,) float64, L1 and SSIM summed over this rank's regions; pairs: `Frame.pairs_per_row` of each of
         them; num_splats: (B,) packed splats of this rank in each view, on the host or on the device; num_rows: its
-        Gaussians.
+        Gaussians; num_drawn: () int64, those whose mask is 1; status: the body's status words, of which the first gets
+        the largest of all ranks.
         """
-        num_ranks, rank = communicator.size, communicator.rank
-        lengths = [[_frame_rows(region, partition) for region in mine] for mine in partition.regions]
-        before = sum(map(sum, lengths[:rank]))
-        after = sum(map(sum, lengths[rank + 1 :]))
-        num_views, device = len(partition.heights), loss.device
-        if num_ranks == 1:  # nothing of other ranks to leave room for, and few operations for a GPU's host
-            return cls(partition, torch.cat([loss, num_splats.to(device), *pairs]), num_rows)
-        rows = torch.zeros(num_ranks, dtype=torch.float64)
-        rows[rank] = num_rows
+        if communicator.size == 1:  # few operations for a GPU's host
+            return cls(partition, torch.cat([loss, num_splats.to(loss.device), *pairs]), num_rows, num_drawn)
+        lengths = [sum(_frame_rows(region, partition) for region in mine) for mine in partition.regions]
+        counts = num_splats if num_splats.device == loss.device else sent_to(num_splats, loss.device)
+        nothing = counts.new_zeros(1, dtype=torch.int64)
         parts = [
-            loss,
-            sent_to(rows, device),
-            loss.new_zeros(rank * num_views),
-            sent_to(num_splats, device).to(loss.dtype) if num_splats.device != device else num_splats.to(loss.dtype),
-            loss.new_zeros((num_ranks - 1 - rank) * num_views + before),
-            *(part.to(loss.dtype) for part in pairs),
-            loss.new_zeros(after),
+            loss.view(torch.int64),
+            counts.new_full((1,), num_rows, dtype=torch.int64),
+            num_drawn.view(1) if num_drawn is not None else nothing,
+            status[:1].to(torch.int64) if status is not None else nothing,
+            counts.to(torch.int64),
+            *pairs,
         ]
-        return cls(partition, communicator.sum(torch.cat(parts)), num_rows)  # all ranks
+        num_header = NUM_LOSSES + NUM_COUNTS + len(partition.heights)
+        own = nothing.new_empty(num_header + max(lengths))
+        torch.cat(parts, out=own[: num_header + lengths[communicator.rank]])
+        values = communicator.gather(own)  # all ranks
+        if status is not None:
+            status[:1].copy_(values[:, NUM_LOSSES + STOP].amax())
+        all_drawn = values[:, NUM_LOSSES + DRAWN].sum() if num_drawn is not None else None
+        return cls(partition, values, num_rows, all_drawn)
 
     def numbers(self, fetched: Tensor) -> StepNumbers:
         """The numbers in `fetched`, what `values` holds, on the host."""
-        values = fetched.numpy()
-        num_views, num_ranks = len(self.partition.heights), self.partition.num_ranks
-        counts = values[2:].astype(np.int64)
+        values, num_views, num_ranks = fetched.numpy(), len(self.partition.heights), self.partition.num_ranks
         if num_ranks == 1:
-            counts = np.concatenate([[self.num_rows], counts])
-        rows, owned = counts[:num_ranks], counts[num_ranks : num_ranks * (num_views + 1)]
-        drawn = counts[num_ranks * (num_views + 1) :]
+            losses, counts = values[:NUM_LOSSES], values[NUM_LOSSES:].astype(np.int64)
+            rows, owned, drawn = (self.num_rows,), counts[None, :num_views], counts[num_views:]
+        else:
+            losses = reduce(np.add, values[:, :NUM_LOSSES].copy().view(np.float64))  # in the order of the ranks
+            counts = values[:, NUM_LOSSES + NUM_COUNTS :]
+            rows, owned = tuple(values[:, NUM_LOSSES + ROWS].tolist()), counts[:, :num_views]
+            lengths = [sum(_frame_rows(region, self.partition) for region in mine) for mine in self.partition.regions]
+            found = [counts[rank, num_views : num_views + length] for rank, length in enumerate(lengths)]
+            drawn = np.concatenate(found)
         return StepNumbers(
-            l1=float(values[0]) / num_views,
-            ssim=float(values[1]) / num_views,
+            l1=float(losses[0]) / num_views,
+            ssim=float(losses[1]) / num_views,
             num_pairs=int(drawn.sum()),
-            owned=owned.reshape(num_ranks, num_views).T.copy(),
-            rows=tuple(rows.tolist()),
+            owned=owned.T.copy(),
+            rows=rows,
             pairs_of_views=partial(self._pairs_of_views, drawn),
         )
 

@@ -28,6 +28,10 @@ class GateOfStep(Protocol):
         """What each alpha is multiplied with."""
 
     @property
+    def num_drawn(self) -> Tensor | None:
+        """() int64: how many masks of this rank are 1."""
+
+    @property
     def opacity_factor(self) -> Tensor | None:
         """What each activated opacity is multiplied with."""
 

@@ -48,13 +48,16 @@ class Batch:
 class StepTools:
     """What draws, what brings splats to other ranks, and what takes the time of it.
 
-    ties: numbers in the order of the table's ids, which break ties of depth; None: the ids themselves.
+    ties: numbers in the order of the table's ids, which break ties of depth; None: the ids themselves. status: words on
+    the device of which the first is not 0 once a buffer of the body was too small, after which the body updates
+    nothing; several ranks stop together. None: that cannot happen.
     """
 
     body: Body
     communicator: Communicator
     phases: PhaseTimer
     ties: OrderNumbers | None = None
+    status: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,16 @@ def draw_and_update(
         received = plan.forward(splats)
     drawn = _draw_regions(tools, received, batch, settings.lambda_dssim)
     with phases("exchange"):
+        totals = StepTotals.share(  # which stops all ranks before they update, if need be
+            tools.communicator,
+            batch.partition,
+            loss=drawn.loss,
+            pairs=drawn.pairs,
+            num_splats=splats.view_offsets.diff() if splats.counts is None else splats.counts,
+            num_rows=len(table),
+            num_drawn=gate.num_drawn if gate is not None else None,
+            status=tools.status,
+        )
         d_rows = plan.backward(drawn.d_received)
     with phases("project backward and Adam"):
         d_gate = gaussians.update(
@@ -113,15 +126,6 @@ def draw_and_update(
             optimizer=_optimizer(table, adam_steps),
             statistics=Statistics(table.statistics["grad_norm_sum"], table.statistics["view_count"]),
             gradient_scale=settings.view_weight,
-        )
-    with phases("exchange"):
-        totals = StepTotals.share(
-            tools.communicator,
-            batch.partition,
-            loss=drawn.loss,
-            pairs=drawn.pairs,
-            num_splats=splats.view_offsets.diff() if splats.counts is None else splats.counts,
-            num_rows=len(table),
         )
     return StepResult(totals, d_gate, plan.record)
 

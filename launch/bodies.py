@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from masksplat.cuda.compiler import KernelCache
 
 
+STEPS_AHEAD = 4
+"""Steps a GPU may be behind the host: enough to hide the jitter of the host, few enough to repeat."""
+
+STEPS_AHEAD_OF_RANKS = 1
+"""The same for several ranks: they wait for the numbers of rows in every step, by when the step before is done."""
+
+
 def choose_body(
     backend: str,
     device: torch.device | str,
@@ -82,6 +89,14 @@ def overflow_watch(body: Body) -> OverflowWatch | None:
     """What has to be watched while `body` draws; None for bodies that allocate what they need."""
     own: Any = getattr(body, "own", body)  # gsplat's body draws with masksplat's
     return own if hasattr(own, "recover") else None
+
+
+def steps_ahead(body: Body, num_ranks: int) -> int:
+    """Steps that a GPU may be behind the host; 0 where each step is over before the next begins."""
+    watch = overflow_watch(body)
+    if watch is None or not watch.defers:
+        return 0
+    return STEPS_AHEAD if num_ranks == 1 else STEPS_AHEAD_OF_RANKS
 
 
 @contextmanager

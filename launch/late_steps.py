@@ -23,9 +23,6 @@ from launch.training import Training
 from strategies.base import LateNumber, Numbers
 from strategies.schedule import Window
 
-STEPS_AHEAD = 4
-"""Steps a GPU may be behind the host: enough to hide the jitter of the host, few enough to repeat."""
-
 
 @dataclass(frozen=True, eq=False)
 class _Pending:
@@ -57,7 +54,7 @@ class LateSteps:
 
     def keep_up(self) -> int | None:
         """Read the steps that are too far behind; the step to go back to when a buffer was too small."""
-        return self._read(STEPS_AHEAD if self._training.is_deferred else 0)
+        return self._read(self._training.steps_ahead)
 
     def settle(self) -> int | None:
         """Read all steps: the table is what they left. The step to go back to when a buffer was too small."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who draws which pixels and who owns which Gaussians, step after step: equal on all ranks, without talking.
 
-Costs are counts of the step before last (`distributed.balance`); rows move after edits that leave shards uneven.
+Costs are counts of a step some steps before (`distributed.balance`); rows move after edits that leave shards uneven.
 
 Letters: W ranks.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from distributed.balance import LoadBalancer, loads_of
+from distributed.balance import COST_DELAY, LoadBalancer, loads_of
 from distributed.communicator import Communicator
 from distributed.partition import needs_recut
 from distributed.pixels import PixelPartition
@@ -87,11 +87,15 @@ class PixelShares:
         batches: Batches,
         *,
         learns_costs: bool = True,
+        delay: int = COST_DELAY,
     ) -> None:
-        """Args: learns_costs: False keeps every row of tiles at the cost of its pixels (--no_heuristics_update)."""
+        """Args: learns_costs: False keeps every row of tiles at the cost of its pixels (--no_heuristics_update).
+
+        delay: steps between counting a cost and using it; numbers that are read a step late need one more.
+        """
         self.communicator, self.batches = communicator, batches
         sizes = [(camera.width, camera.height) for camera in cameras]
-        self.balancer = LoadBalancer(sizes, communicator.size)
+        self.balancer = LoadBalancer(sizes, communicator.size, delay=delay)
         self._learns_costs = learns_costs and communicator.size > 1
         self._known: dict[int, _Decision] = {}
 
@@ -104,9 +108,9 @@ class PixelShares:
         return self._decision(step).partition
 
     def _decision(self, step: int) -> _Decision:
-        """What was, or now is, decided for a step; forgotten two steps later."""
+        """What was, or now is, decided for a step; forgotten when nobody can go back to it any more."""
         if step not in self._known:
-            self._known = {known: value for known, value in self._known.items() if known >= step - 1}
+            self._known = {known: value for known, value in self._known.items() if known >= step - 2}
             views = self.views(step)
             partition = self._decide(step, views)
             expected = loads_of(partition, [self.balancer.costs(view) for view in views])
@@ -122,7 +126,7 @@ class PixelShares:
         return self.balancer.assign(step, views)
 
     def observe(self, step: int, numbers: StepNumbers) -> None:
-        """Remember what a step cost; it counts from the step after next on. A view drawn twice counts once."""
+        """Remember what a step cost; it counts `delay` steps later. A view drawn twice counts once."""
         if self._learns_costs:
             views = self.views(step)
             pairs = dict(zip(views, numbers.pairs, strict=True))

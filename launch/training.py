@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from distributed.balance import COST_DELAY
 from distributed.communicator import Communicator
 from distributed.numbering import OrderNumbers, order_numbers
 from distributed.transfer import sent_to
 from gaussian_renderer.phases import PhaseTimer, phase_timer
 from gaussian_renderer.step import Batch, StepSettings, StepTools
 from gaussian_renderer.views import KERNEL_ATTRIBUTES, CameraTable
-from launch.bodies import choose_body, overflow_watch
+from launch.bodies import choose_body, overflow_watch, steps_ahead
 from launch.config import TrainConfig, pick, to_plain
 from launch.finetune import rate_factor
 from launch.pruning import choose_strategy
@@ -76,7 +77,9 @@ class Training:
     @property
     def tools(self) -> StepTools:
         """What the training step draws with."""
-        return StepTools(self.body, self.communicator, self.phases, self._ties)
+        watch = overflow_watch(self.body)
+        status = watch.status if watch is not None and watch.defers else None
+        return StepTools(self.body, self.communicator, self.phases, self._ties, status)
 
     def number_rows(self) -> None:
         """Give the rows new small numbers when the rows are others than before. All ranks."""
@@ -137,13 +140,9 @@ class Training:
         return self._plain_background
 
     @property
-    def is_deferred(self) -> bool:
-        """Whether steps are queued ahead of a GPU (`launch.late_steps`): what they change must know the status words.
-
-        Several ranks wait for the numbers of rows that they exchange anyway.
-        """
-        watch = overflow_watch(self.body)
-        return watch is not None and watch.defers
+    def steps_ahead(self) -> int:
+        """Steps that are queued ahead of a GPU (`launch.late_steps`); what they change must know the status words."""
+        return steps_ahead(self.body, self.communicator.size)
 
     def after_event(self) -> Redistribution | None:
         """Share the Gaussians out again when edits have left the shards uneven. All ranks."""
@@ -202,7 +201,14 @@ def build_training(
             check_checkpoint(checkpoint, config, data)
         batches = choose_batches(config, len(scene.train), communicator)
     require_same(communicator, "command line and data", repr(to_plain(config)).encode(), repr(data).encode())
-    pixels = PixelShares(communicator, scene.train, batches, learns_costs=not config.distribution.no_heuristics_update)
+    body = choose_body(
+        config.pipeline.backend,
+        communicator.device,
+        threads=threads_per_rank(config.pipeline.threads, communicator),
+        has_masks=config.mask.prune_method == "mask",
+    )
+    defer_steps(config, body)
+    pixels = pixel_shares(config, scene, batches, communicator, body)
     rows = row_shares(config, communicator)
     table = first_table(config, scene, communicator, checkpoint, show_progress=show_progress)
     if checkpoint is not None:
@@ -210,13 +216,6 @@ def build_training(
     if checkpoint is None or checkpoint.num_shards != communicator.size:
         rows.share_out(table)
     photos, test_photos = open_all_photos(config, scene, communicator, show_progress=show_progress)
-    body = choose_body(
-        config.pipeline.backend,
-        communicator.device,
-        threads=threads_per_rank(config.pipeline.threads, communicator),
-        has_masks=config.mask.prune_method == "mask",
-    )
-    defer_steps(config, communicator, body)
     return Training(
         config=config,
         communicator=communicator,
@@ -251,11 +250,20 @@ def choose_batches(config: TrainConfig, num_views: int, communicator: Communicat
     return ViewSampler(num_views, optimization.bsz, optimization.seed)
 
 
-def defer_steps(config: TrainConfig, communicator: Communicator, body: Body) -> None:
+def defer_steps(config: TrainConfig, body: Body) -> None:
     """Let the host queue steps ahead, where everything that a step changes heeds the body's status words."""
     watch = overflow_watch(body)
-    if watch is not None and communicator.size == 1 and config.mask.prune_method in ("mask", "3dgs"):
+    if watch is not None and config.mask.prune_method in ("mask", "3dgs"):
         watch.defers = True
+
+
+def pixel_shares(
+    config: TrainConfig, scene: Scene, batches: ViewSampler | LocalViews, communicator: Communicator, body: Body
+) -> PixelShares:
+    """How pixels are shared out over ranks; costs count later where steps are read late."""
+    learns_costs = not config.distribution.no_heuristics_update
+    delay = COST_DELAY + steps_ahead(body, communicator.size)
+    return PixelShares(communicator, scene.train, batches, learns_costs=learns_costs, delay=delay)
 
 
 def row_shares(config: TrainConfig, communicator: Communicator) -> RowShares:

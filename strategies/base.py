@@ -30,7 +30,8 @@ class Gate:
     mask: (N,) in {0, 1}, what the renderer multiplies each alpha with; None: every Gaussian is drawn.
     opacity_factor, scale_factor: (N,) in [0, 1], what multiplies opacities and scales after their activation; with
     both, they are the same values, and the step returns the sum of the gradients by the two.
-    num_drawn: () int64 on the mask's device, how many are 1.
+    num_drawn: () int64 on the mask's device, how many are 1. num_drawn_of_all: those of all ranks, which are known
+    when the step was drawn; None before.
     keep_gradient: (N,) derivative of the mask or of the factors by the learned number behind it, for the strategy's
     own backward.
     """
@@ -40,6 +41,7 @@ class Gate:
     opacity_factor: Tensor | None = None
     scale_factor: Tensor | None = None
     num_drawn: Tensor | None = None
+    num_drawn_of_all: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -101,7 +101,8 @@ class MaskPruning:
         """`after_backward` with any `weight` of the squared mean, that of the batch included."""
         if gate is None or gate.mask is None or gate.keep_gradient is None or gate.num_drawn is None:
             raise ValueError("the masks are updated with the gate that the step was drawn with; got none")
-        num_drawn, num_all = self._ranks.sum(gate.num_drawn), max(self._num_all(table), 1)  # all ranks
+        known, num_all = gate.num_drawn_of_all, max(self._num_all(table), 1)  # all ranks
+        num_drawn = known if known is not None else self._ranks.sum(gate.num_drawn)  # all ranks
         mask_update(
             table.params["mask_logits"],
             table.exp_avg["mask_logits"],

@@ -19,9 +19,8 @@ import launch.training
 import train
 from cuda_launchers import launchers, make_launcher
 from distributed.communicator import Communicator
-from launch.bodies import drawn_at_once, overflow_watch
+from launch.bodies import STEPS_AHEAD, drawn_at_once, overflow_watch
 from launch.cli import parse_train
-from launch.late_steps import STEPS_AHEAD
 from launch.start import Start
 from launch.training import Training, build_training
 from masksplat.cuda.body import CudaBody

@@ -22,21 +22,26 @@ def partition_for(size: int) -> PixelPartition:
 
 
 def share(world: Communicator) -> StepNumbers:
+    totals = totals_of(world)
+    return totals.numbers(totals.values)
+
+
+def totals_of(world: Communicator, **on_device: torch.Tensor) -> StepTotals:
     """Each rank has other numbers; a row of tiles of a frame costs 100 pairs for each of its pixel rows."""
     partition = partition_for(world.size)
     pairs = []
     for region in partition.regions[world.rank]:
         first, last = region.drawn_rows(HEIGHTS[region.view])
         pairs.append(torch.tensor([100 * (min(start + 16, last) - start) for start in range(first, last, 16)]))
-    totals = StepTotals.share(
+    return StepTotals.share(
         world,
         partition,
         loss=torch.tensor([0.3 * (world.rank + 1), -0.6], dtype=torch.float64),
         pairs=pairs,
         num_splats=torch.tensor([world.rank, 10, 100 * world.rank]),
         num_rows=7 + world.rank,
+        **on_device,
     )
-    return totals.numbers(totals.values)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -54,3 +59,20 @@ def test_every_rank_gets_everything(size: int) -> None:
         halos = numbers.num_pairs - 100 * sum(HEIGHTS)
         # Of the cuts for 4, one is 4 rows before the end of view 0, one between views, one inside view 2.
         assert halos == {1: 0, 2: 0, 4: 100 * (5 + 4 + 5 + 5)}[size]
+
+
+def drawn_and_stopped(world: Communicator, overflowed: int) -> tuple[int, list[int]]:
+    """All masks that were drawn; the status words of this rank, of which one rank's tell of an overflow."""
+    status = torch.tensor([int(world.rank == overflowed), 10 + world.rank, 0, 0], dtype=torch.int32)
+    totals = totals_of(world, num_drawn=torch.tensor(5 + world.rank), status=status)
+    assert totals.num_drawn is not None and totals.num_drawn.dtype == torch.int64
+    return int(totals.num_drawn), status.tolist()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_ranks_stop_together(size: int) -> None:
+    """What each of them needs is its own affair; num_drawn is that of all."""
+    for overflowed in (0, size - 1, -1):
+        for rank, (num_drawn, status) in enumerate(run_ranks(drawn_and_stopped, size, overflowed)):
+            assert num_drawn == sum(range(5, 5 + size))
+            assert status == [int(overflowed >= 0), 10 + rank, 0, 0]
