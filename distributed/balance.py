@@ -10,6 +10,7 @@ Letters: B views of the batch, W ranks, n tile rows of the batch, view after vie
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -190,14 +191,16 @@ def partition_batch(
         return PixelPartition.of_cuts(heights, grendel_cuts(rows, num_ranks, borders), range(num_ranks))
     if rule != "balanced":
         raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}")
-    strips = PixelPartition.of_cuts(heights, balanced_cuts(rows, num_ranks, borders), range(num_ranks))
+    largest, parts = math.inf, [0]
     if len(costs) >= num_ranks:
-        parts = assign_whole_views([int(view.sum()) for view in costs], num_ranks)
-        whole = PixelPartition.of_whole_views(heights, parts, num_ranks)
-        accepted = max(WHOLE_VIEW_TOLERANCE * sum(rows) / num_ranks, max(loads_of(strips, costs)))
-        if max(loads_of(whole, costs)) <= accepted:
-            return _matched(whole, costs, affinity)
-    return _matched(strips, costs, affinity)
+        totals = [int(view.sum()) for view in costs]
+        parts = assign_whole_views(totals, num_ranks)
+        largest = max(sum(total for total, part in zip(totals, parts, strict=True) if part == k) for k in set(parts))
+    if largest > WHOLE_VIEW_TOLERANCE * sum(rows) / num_ranks:  # strips take longer to find
+        strips = PixelPartition.of_cuts(heights, balanced_cuts(rows, num_ranks, borders), range(num_ranks))
+        if largest > max(loads_of(strips, costs)):
+            return _matched(strips, costs, affinity)
+    return _matched(PixelPartition.of_whole_views(heights, parts, num_ranks), costs, affinity)
 
 
 def _matched(partition: PixelPartition, costs: Sequence[np.ndarray], affinity: np.ndarray | None) -> PixelPartition:

@@ -46,13 +46,15 @@ class Region:
         """
         first, last = self.drawn_rows(height, halo)
         own_last = self.own_rows(height)[1]
-        found = np.zeros(self.tile_stop - self.tile_start, np.int64)
-        for number, pairs in enumerate(pairs_per_row.tolist()):
-            start, stop = first + TILE * number, min(first + TILE * (number + 1), last)
-            for tile in range(max(start // TILE, self.tile_start), min(-(-stop // TILE), self.tile_stop)):
-                shared = min(stop, TILE * (tile + 1), own_last) - max(start, TILE * tile)
-                found[tile - self.tile_start] += pairs * max(shared, 0) // (stop - start)
-        return found
+        if (first, last) == self.own_rows(height):
+            return pairs_per_row.astype(np.int64)  # the frame's rows are the region's
+        starts = first + TILE * np.arange(len(pairs_per_row))
+        stops = np.minimum(starts + TILE, last)
+        found = np.zeros(self.tile_stop - self.tile_start + 3, np.int64)  # and one before, two behind
+        for tiles in (starts // TILE, starts // TILE + 1):  # a frame's row meets no third one
+            shared = np.minimum(np.minimum(stops, TILE * (tiles + 1)), own_last) - np.maximum(starts, TILE * tiles)
+            found[tiles - self.tile_start + 1] += pairs_per_row * np.maximum(shared, 0) // (stops - starts)
+        return found[1:-2]
 
 
 def num_tile_rows(height: int) -> int:
