@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def find_start(config: TrainConfig, folder: ModelFolder, communicator: Communica
     load = partial(load_part, communicator)
     if config.checkpoint.auto_start_checkpoint:
         checkpoint, notices = _newest(folder.checkpoints, load)
-        if checkpoint is None and not config.checkpoint.start_checkpoint:
+        if checkpoint is None and not (config.checkpoint.start_checkpoint or config.prune.start_pointcloud):
             notices.append(f"There is no checkpoint in {folder.checkpoints}: the training starts at the beginning.")
     if checkpoint is None and config.checkpoint.start_checkpoint:
         checkpoint, more = _named(Path(config.checkpoint.start_checkpoint).expanduser(), config, communicator)
@@ -77,18 +77,35 @@ def find_start(config: TrainConfig, folder: ModelFolder, communicator: Communica
         notices += more
     is_in_place = checkpoint is not None and _is_inside(checkpoint.path, folder.checkpoints)
     if checkpoint is not None:
+        if not is_in_place:
+            checkpoint, more = _to_prune(checkpoint, config)
+            notices += more
         check_flags(checkpoint, config, is_in_place=is_in_place)
         notices += [
             f"Going on behind image {checkpoint.state.iteration} from {checkpoint.path}.",
             *_changes(checkpoint, config),
         ]
-        last = last_prune(config)
-        if not is_in_place and last is not None and checkpoint.state.iteration >= last:
-            notices.append(
-                f"Nothing will be pruned: the last prune of these flags is at iteration {last}, and the model stands "
-                f"behind {checkpoint.state.iteration}."
-            )
     return Start(checkpoint, is_in_place, tuple(notices))
+
+
+def _to_prune(checkpoint: Checkpoint, config: TrainConfig) -> tuple[Checkpoint, list[str]]:
+    """A checkpoint of another model folder as one to start from, and what to say of it.
+
+    --prune_finetune begins where a whole training ends: shorter ones count as whole, with clocks and shares of their
+    own.
+    """
+    state, notices = checkpoint.state, []
+    if config.prune.prune_finetune and state.iteration < TRAINED_ITERATIONS:
+        notices.append(f"{checkpoint.path} of {state.iteration} images counts as trained for {TRAINED_ITERATIONS}.")
+        step = TRAINED_ITERATIONS // config.optimization.bsz
+        state = replace(state, iteration=TRAINED_ITERATIONS, next_step=step, clocks={}, shares={})
+    last = last_prune(config)
+    if last is not None and state.iteration >= last:
+        notices.append(
+            f"Nothing will be pruned: the last prune of these flags is at iteration {last}, and the model stands "
+            f"behind {state.iteration}."
+        )
+    return replace(checkpoint, state=state), notices
 
 
 def load_part(communicator: Communicator, folder: Path) -> Checkpoint:

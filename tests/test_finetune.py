@@ -22,6 +22,7 @@ from launch.finetune import rate_factor, trained_before
 from launch.log_reader import read_log
 from launch.prune_checks import last_prune
 from launch.training import build_training
+from scene.checkpoint import load_checkpoint
 from scene.errors import InputError
 from scene.gaussians import GaussianTable, attributes_for
 from scene.model_folder import ModelFolder
@@ -177,3 +178,23 @@ def test_a_ply_without_gaussians_is_refused(tmp_path: Path) -> None:
         import_model(tmp_path / "a.ply", 30_000)
     with pytest.raises(InputError, match="b.ply"):
         import_model(tmp_path / "b.ply", 30_000)
+
+
+def test_a_shorter_training_of_ours_counts_as_a_whole_one(any_scene: Path, tmp_path: Path) -> None:
+    """From a checkpoint of 40 iterations, moments included; its clocks and its shares are not those of the finetune."""
+    common = ["-s", str(any_scene), "--eval", "--quiet", "--no_report", "--test_iterations"]
+    first = ["--prune_method", "3dgs", "--iterations", "40", "--checkpoint_iterations", "40"]
+    assert train.main([*common, "-m", str(tmp_path / "a"), *first]) == 0
+    start = ["--prune_finetune", "--start_checkpoint", str(tmp_path / "a")]
+    until = ["--iterations", "30020", "--checkpoint_iterations", "30010", "30020"]
+    assert train.main([*common, "-m", str(tmp_path / "b"), *start, *until]) == 0
+    end = load_checkpoint(tmp_path / "b" / "checkpoints" / "30020")
+    assert (end.state.iteration, end.table.num_updates) == (30_020, 60)
+    assert end.state.clocks["untimed_images"] == 30_000
+    printed = (tmp_path / "b" / "train.log").read_text()
+    assert "of 40 images counts as trained for 30000" in printed and "Going on behind image 30000" in printed
+    (tmp_path / "b" / "checkpoints" / "30020").rename(tmp_path / "away")
+    assert train.main([*common, "-m", str(tmp_path / "b"), *start, *until, "--auto_start_checkpoint"]) == 0
+    again = load_checkpoint(tmp_path / "b" / "checkpoints" / "30020")
+    for name, values in end.table.params.items():
+        assert torch.equal(again.table.params[name], values), name
