@@ -22,7 +22,7 @@ from distributed.exchange import ExchangePlan
 from distributed.pixels import PixelPartition
 from gaussian_renderer.views import gaussians_of, views_of
 from masksplat.ops import Body
-from masksplat.types import NUM_ROW_COLUMNS, Gaussians, ProjectionSettings, Splats
+from masksplat.types import NUM_ROW_COLUMNS, Gaussians, ProjectionSettings, Splats, compact
 from scene.cameras import Camera
 from scene.errors import InputError
 from scene.gaussians import GaussianTable
@@ -74,6 +74,7 @@ class ScoreViews:
         """This rank's splats of up to W views, one drawn by each rank, and (M, 10) their scores in columns 0 and 1."""
         views = views_of(cameras, gaussians.means)
         splats = self.body.project(gaussians, views, settings, ids=ids)
+        splats = compact(splats)  # rows that are not in use name no Gaussian
         heights = [camera.height for camera in cameras]
         partition = PixelPartition.of_whole_views(heights, range(len(cameras)), self.communicator.size)
         plan = ExchangePlan.for_partition(self.communicator, splats, partition, sizes=views.sizes)  # all ranks

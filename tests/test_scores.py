@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 import torch
 
+from cuda_launchers import EMULATED, make_launcher
 from distributed.communicator import Communicator
 from gaussian_renderer.scores import ScoreViews
 from gaussian_renderer.views import gaussians_of, views_of
 from kernel_scenes import PARAMETERS, random_scene, scalar_image
+from masksplat.cuda.body import CudaBody
 from masksplat.ops import get_body
 from masksplat.types import ProjectionSettings
 from rank_harness import run_ranks
 from scene.cameras import Camera
 from scene.errors import InputError
 from scene.gaussians import GaussianTable
+from test_cuda_exchange import exchanged_by, kernels_of
 
 NUM_GAUSSIANS = 24
 SIZES = [(30, 22), (19, 34), (30, 22), (40, 17), (16, 16)]
@@ -101,6 +104,27 @@ def compare_ranks(size: int, name: str, dtype: torch.dtype, tolerance: float) ->
 def test_any_number_of_ranks_gives_the_same_scores(size: int) -> None:
     """Also with more ranks than views."""
     compare_ranks(size, "reference", torch.float64, 1e-12)
+
+
+def kernel_scores(world: Communicator) -> tuple[np.ndarray, ...]:
+    """`rank_scores` by the kernels."""
+    launcher = kernels_of(world)
+    with pytest.MonkeyPatch.context() as patch, exchanged_by(launcher):
+        patch.setattr("test_scores.get_body", lambda *_, **__: CudaBody(launcher=launcher))
+        return rank_scores(world, "cuda", torch.float32)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_kernels_score_alike(size: int) -> None:
+    """On the emulator; projection leaves rows unused there."""
+    for source in ("project", "binning", "radix_sort", "scores", "exchange"):
+        make_launcher(EMULATED).kernels(source)
+    table = make_table(torch.float32)
+    largest, total = ScoreViews(get_body("cpu", num_threads=1), cameras())(table)
+    for ids, part_largest, part_total in run_ranks(kernel_scores, size):
+        rows = [table.ids.tolist().index(number) for number in ids]
+        np.testing.assert_allclose(part_largest, largest.numpy()[rows], rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(part_total, total.numpy()[rows], rtol=1e-4, atol=1e-7)
 
 
 def test_any_number_of_ranks_gives_the_same_bits() -> None:
