@@ -90,8 +90,10 @@ def flags_without_method(config: TrainConfig) -> list[str]:
 
 
 def _mode(config: TrainConfig) -> str:
-    """The flag that decides which kind of its method is meant, for messages."""
-    return " --use_importance_mask" if config.prune.use_importance_mask else ""
+    """What decides which kind of its method is meant, for messages."""
+    if config.prune.use_importance_mask:
+        return " --use_importance_mask"
+    return " with a target size" if has_target(config) else ""
 
 
 def _flags_read(config: TrainConfig) -> frozenset[str]:
