@@ -95,7 +95,8 @@ def train(training: Training, folder: ModelFolder, start: Start) -> None:
             while step < training.num_steps:
                 step = train_step(training, recorder, late, step)
         seconds, count = recorder.end(), recorder.num_gaussians()
-    print(f"trained {iterations - recorder.untimed_images} images in {seconds:.1f} s, {count:,} Gaussians{recorder.gpu_peak.sentence()}")
+    images, peak = iterations - recorder.untimed_images, recorder.gpu_peak.sentence()
+    print(f"trained {images} images in {seconds:.1f} s, {count:,} Gaussians{peak}")
 
 
 def train_step(training: Training, recorder: Recorder, late: LateSteps, step: int) -> int:
