@@ -45,7 +45,7 @@ def kernels_for(splats: Splats) -> Launcher | None:
 class HostNumbers:
     """What the host reads of a `Layout`. Rows to and from each rank; numbers of gradients from and to each rank.
 
-    blocks: (W, K) int64 rows of each block that each rank sends.
+    blocks: (W, K) int32 rows of each block that each rank sends.
     """
 
     send_rows: list[int]
@@ -61,9 +61,9 @@ class HostNumbers:
         (values,) = Fetched.start([layout.for_host]).wait()  # host sync: the numbers of rows
         num_sums = 4 * num_ranks
         last = num_sums + num_regions + 1
-        send_rows, receive_rows, returned, returning = values[:num_sums].view(4, num_ranks).tolist()
-        offsets, blocks = values[num_sums:].to(torch.int64).split([last - num_sums, len(values) - last])
-        return cls(send_rows, receive_rows, returned, returning, offsets, blocks.view(num_ranks, -1).numpy())
+        to_each, from_each, returned, returning = values[:num_sums].view(4, num_ranks).tolist()
+        offsets = values[num_sums:last].to(torch.int64)
+        return cls(to_each, from_each, returned, returning, offsets, values[last:].view(num_ranks, -1).numpy())
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,13 +92,12 @@ class KernelPassage:
     ) -> KernelPassage:
         """The way that `ExchangePlan.for_partition` describes. All ranks; host sync: the numbers of rows."""
         rank, num_regions = communicator.rank, tuple(map(len, partition.regions))
-        views = [region.view for region in partition.regions[rank]] if sizes is not None else []
         tables = RegionTables.upload(
             launcher,
             regions=region_table(partition, HALO),
-            view_offsets=splats.view_offsets.numpy(),
-            sizes=np.array([sizes[view] for view in views] if sizes is not None else [], np.int32),
-            num_regions=np.array(num_regions),
+            view_offsets=splats.view_offsets.tolist(),
+            sizes=[sizes[region.view] for region in partition.regions[rank]] if sizes is not None else [],
+            num_regions=num_regions,
             rank=rank,
         )
         copies = SentCopies.route(launcher, tables, splats, keep=keep, never_capped=OPACITY_NEVER_CAPPED)
@@ -114,7 +113,7 @@ class KernelPassage:
     @property
     def routes(self) -> Routes:
         """How many rows travel between whom."""
-        return Routes(self.communicator.rank, self.numbers.blocks, self.num_regions)
+        return Routes(self.communicator.rank, self.numbers.blocks.astype(np.int64), self.num_regions)
 
     def forward(self, splats: Splats) -> Splats:
         """The splats of this rank's regions; `splats` are those of the plan. All ranks."""

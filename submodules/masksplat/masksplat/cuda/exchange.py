@@ -8,7 +8,9 @@ rows, S copies sent, R received. Nothing here waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -64,24 +66,23 @@ class RegionTables:
         launcher: Launcher,
         *,
         regions: np.ndarray,
-        view_offsets: np.ndarray,
-        sizes: np.ndarray,
-        num_regions: np.ndarray,
+        view_offsets: Sequence[int],
+        sizes: Sequence[tuple[int, int]],
+        num_regions: Sequence[int],
         rank: int,
     ) -> RegionTables:
-        """One copy from the host. Args: view_offsets: (B + 1,); num_regions: (W,) regions of each rank."""
-        lengths = np.diff(view_offsets)
-        views = np.stack([view_offsets[:-1], lengths], axis=1)
-        first_regions = np.concatenate([[0], np.cumsum(num_regions)])
-        blocks = np.zeros(NUM_GROUPS * int(first_regions[-1]), np.int32)
-        parts = [part.reshape(-1) for part in (regions, views, sizes, first_regions, blocks)]
-        packed = upload(launcher, np.concatenate(parts).astype(np.int32))
-        cut = packed.split([len(part) for part in parts])
-        most = int(lengths.max(initial=0))
-        on_device = dict(zip(("regions", "views", "sizes", "first_regions", "blocks"), cut, strict=True))
+        """One copy from the host. Args: view_offsets: B + 1; num_regions: regions of each rank."""
+        views = [number for start, stop in pairwise(view_offsets) for number in (start, stop - start)]
+        first_regions = [0, *accumulate(num_regions)]
+        flat = [number for size in sizes for number in size]
+        lengths = [regions.size, len(views), len(flat), len(first_regions), NUM_GROUPS * first_regions[-1]]
+        packed = np.zeros(sum(lengths), np.int32)
+        packed[: regions.size] = regions.reshape(-1)
+        packed[regions.size : -lengths[-1]] = views + flat + first_regions
+        regions_, views_, sizes_, first_regions_, blocks = upload(launcher, packed).split(lengths)
         return cls(
-            **on_device, most_regions=regions.shape[1], most_rows=most,
-            num_ranks=len(num_regions), num_regions=int(num_regions[rank]),
+            regions_, views_, sizes_, first_regions_, blocks, most_regions=regions.shape[1],
+            most_rows=max(views[1::2], default=0), num_ranks=len(num_regions), num_regions=num_regions[rank],
         )  # fmt: skip
 
     @property
