@@ -17,6 +17,7 @@ import launch.training
 import train
 from colmap_builder import CameraRow, build_model, write_binary, write_photos
 from distributed.communicator import Communicator
+from gaussian_renderer.views import CameraTable
 from launch.cli import parse_train
 from launch.config import TrainConfig
 from launch.start import Start
@@ -112,6 +113,7 @@ def config_of(source: Path, target: Path, case: Case) -> TrainConfig:
 def built(world: Communicator, source: Path, target: Path, case: Case) -> Training:
     training = build_training(config_of(source, target, case), world, show_progress=False)
     training.table = varied(training.table, case.dtype, case.num_points)
+    training.cameras = CameraTable(training.scene.train, training.table.params["means"])  # in that precision, too
     return training
 
 
