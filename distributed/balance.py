@@ -237,9 +237,11 @@ class LoadBalancer:
         self._pairs: dict[int, np.ndarray] = {}
         self._owned: dict[int, np.ndarray] = {}
         self._waiting: list[_Observation] = []
+        self._newest = -1  # the last step that was shared out
 
     def assign(self, step: int, views: Sequence[int]) -> PixelPartition:
         """The partition of the batch of `step`; equal on all ranks that observed the same."""
+        self._newest = max(self._newest, step)
         while self._waiting and self._waiting[0].step + self.delay <= step:
             due = self._waiting.pop(0)
             self._pairs.update(due.pairs)
@@ -267,8 +269,11 @@ class LoadBalancer:
 
         Args: pairs: (tile rows,) of each view (`share_costs`); owned: (W,) how many of its splats each rank owns
         (`share_owned`), by which a part goes to the rank that has most of it already.
-        Raises: ValueError for steps out of order or a vector of another length.
+        Raises: ValueError for steps out of order, costs that come when they should have been used, or a vector of
+        another length.
         """
+        if step + self.delay <= self._newest:
+            raise ValueError(f"costs of step {step} count from step {step + self.delay} on, and come after that")
         if self._waiting and self._waiting[-1].step >= step:
             raise ValueError(f"costs of step {step} come after those of step {self._waiting[-1].step}")
         for view, values in pairs.items():
