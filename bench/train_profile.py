@@ -19,11 +19,12 @@ from bench.measuring import BUSY_CORES, ROOT, Disturbance, describe_machine, loa
 from bench.verdicts import Target, format_table, write_json
 from distributed.communicator import Communicator
 from launch.cli import parse_render, parse_train
+from launch.late_steps import LateSteps
 from launch.log_reader import RunLog, read_log
-from launch.metrics_log import MetricsLog
 from launch.progress import TrainingProgress
 from launch.recorder import Recorder
 from launch.run import run_main
+from launch.run_logs import open_logs
 from launch.training import build_training
 from scene.errors import InputError
 from scene.gaussians import GaussianTable
@@ -116,11 +117,16 @@ def train_from_model(model: Path, folder: Path, steps: int) -> int:
     training = build_training(config, Communicator.from_environment(), show_progress=False)
     training.table = GaussianTable.from_arrays(load_ply(ModelFolder.open(model).point_cloud(iteration)))
     output = ModelFolder.create(folder)
-    with MetricsLog(output.metrics) as log, TrainingProgress(steps, enabled=False) as progress:
-        recorder = Recorder(training, output, log, progress)
+    with (
+        open_logs(output, config, training.communicator, append=False) as logs,
+        TrainingProgress(steps, enabled=False) as progress,
+    ):
+        recorder, step = Recorder(training, output, logs, progress), iteration
+        late = LateSteps(training, recorder)
         recorder.start()
-        for step in range(iteration, stop):
-            train_step(training, recorder, step)
+        while step < stop:
+            step = train_step(training, recorder, late, step)
+        late.settle()
         recorder.end()
     return iteration
 

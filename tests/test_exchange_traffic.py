@@ -44,7 +44,14 @@ def count_traffic(world: Communicator, boxes_travel: bool, id_bound: int | None)
 
 @pytest.mark.parametrize(
     ("boxes_travel", "id_bound", "row_bytes"),
-    [(True, None, 64), (False, None, 48), (False, 1 << 24, 43), (False, (1 << 24) + 1, 44), (False, 201, 41)],
+    [
+        (True, None, 64),
+        (False, None, 48),
+        (False, (1 << 29) + 1, 44),
+        (False, 1 << 29, 43),
+        (False, 1 << 13, 41),
+        (False, (1 << 13) + 1, 42),
+    ],
 )
 def test_bytes_are_counted(boxes_travel: bool, id_bound: int | None, row_bytes: int) -> None:
     owner, other = run_ranks(count_traffic, 2, boxes_travel, id_bound)

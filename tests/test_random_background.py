@@ -31,7 +31,8 @@ def test_photos_stand_on_the_colour_of_their_step(training: Training) -> None:
     colors = []
     for step in range(6):
         batch = training.batch(step)
-        for camera, background, photo in zip(batch.cameras, batch.backgrounds, batch.photos, strict=True):
+        cameras = [training.scene.train[view] for view in training.pixels.views(step)]
+        for camera, background, photo in zip(cameras, batch.backgrounds, batch.photos, strict=True):
             rgba = np.asarray(Image.open(camera.image_path)).astype(float)
             alpha = rgba[..., 3:] / 255
             expected = rgba[..., :3] * alpha + 255 * background.numpy() * (1 - alpha)
