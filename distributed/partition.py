@@ -10,7 +10,7 @@ Letters: N rows of this rank before a move, R after it, W ranks, P parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -181,7 +181,3 @@ class RowMove:
             raise ValueError(f"{len(values)} rows do not fit a move of {len(self.send_order)}")
         arrived = self.communicator.all_to_all_rows(values[self.send_order], self.send_counts, self.receive_counts)
         return arrived[self.receive_order]
-
-    def carry_all(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`carry` for each of the named tensors, one after the other; the same names in the same order on all ranks."""
-        return {name: self.carry(values) for name, values in tensors.items()}

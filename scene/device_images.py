@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from distributed.transfer import sent_to
+
 
 class PixelSource(Protocol):
     """Where photos come from, `scene.images.ImageStore` for example."""
@@ -48,7 +50,7 @@ class DeviceImages:
             self._kept.move_to_end(index)
             return kept[row_start : kept.shape[0] if row_stop is None else row_stop]
         pixels = self._source.fetch(index, row_start, row_stop)
-        uploaded = self._upload(pixels)
+        uploaded = sent_to(pixels, self._device)
         if row_start == 0 and row_stop is None:
             self._keep(index, uploaded)
         return uploaded
@@ -62,12 +64,6 @@ class DeviceImages:
         self._kept.clear()
         self._kept_bytes = 0
         self._source.close()
-
-    def _upload(self, pixels: Tensor) -> Tensor:
-        if self._device.type != "cuda":
-            return pixels.to(self._device)
-        # torch keeps the pinned block until the copy has been done, so nobody has to wait for it here.
-        return pixels.pin_memory().to(self._device, non_blocking=True)
 
     def _keep(self, index: int, pixels: Tensor) -> None:
         """Keep a photo and drop those used longest ago until the budget holds."""

@@ -56,14 +56,6 @@ Numbers = Mapping[str, float | LateNumber]
 """What a strategy says of a step."""
 
 
-def read_now(numbers: Numbers) -> dict[str, float]:
-    """Every number as a float. Waits for the device where one is late."""
-    return {
-        name: number.formula(float(number.source)) if isinstance(number, LateNumber) else number
-        for name, number in numbers.items()
-    }
-
-
 class RankReducer(Protocol):
     """Reductions over all ranks; every rank calls them in the same order."""
 

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from late_numbers import read_now
 from masksplat.masks import mask_sample, mask_sample_torch, mask_update, mask_update_torch
 from masksplat.random import MASK_SAMPLE, uniform
 from masksplat.types import AdamStep
 from scene.gaussians import GaussianTable, attributes_for
-from strategies.base import CombinedStrategy, Gate, RankReducer, read_now
+from strategies.base import CombinedStrategy, Gate, RankReducer
 from strategies.density import DensityConfig
 from strategies.mask import MASK_SETTINGS, MaskConfig, MaskPruning
 from strategies.methods import build_strategy

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from late_numbers import read_now
 from rank_threads import by_id, run_on_threads, shards
 from scene.gaussians import GaussianTable, attributes_for
-from strategies.base import OneRank, RankReducer, read_now
+from strategies.base import OneRank, RankReducer
 from strategies.optimizer_scaling import OptimizerScaling
 from strategies.schedule import Window
 from strategies.target import NUM_PRUNES, TargetConfig, TargetSize

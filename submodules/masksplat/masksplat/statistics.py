@@ -13,12 +13,17 @@ from masksplat.types import SLOT_UNSEEN, Splats, Statistics, Views
 
 
 @torch.no_grad()
-def add_statistics(statistics: Statistics, views: Views, splats: Splats, d_rows: Tensor) -> None:
+def add_statistics(
+    statistics: Statistics, views: Views, splats: Splats, d_rows: Tensor, *, status: Tensor | None = None
+) -> None:
     """Add to `statistics` the norm of each mean's gradient in NDC units, and the views that saw the Gaussian.
 
-    Args: d_rows: (M, 10) gradient of the loss by the packed rows, of which the first two columns count.
+    Args: d_rows: (M, 10) gradient of the loss by the packed rows, of which the first two columns count; status: words
+    of the cuda body: once they tell of an overflow, d_rows may hold anything and nothing is added.
     """
     for slots, (width, height) in zip(splats.slots, views.sizes, strict=True):
+        if status is not None:
+            slots = slots.masked_fill(status[0] != 0, SLOT_UNSEEN)
         statistics.view_count.add_((slots != SLOT_UNSEEN).to(statistics.view_count.dtype))
         if len(d_rows) == 0:
             continue

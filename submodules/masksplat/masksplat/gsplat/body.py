@@ -16,8 +16,8 @@ from torch import Tensor
 
 from masksplat.gsplat.projection import ProjectionState, backward_through_gsplat, project_with_gsplat
 from masksplat.ops import Body
+from masksplat.statistics import add_statistics
 from masksplat.types import (
-    SLOT_UNSEEN,
     TILE,
     AdamStep,
     Frame,
@@ -104,7 +104,7 @@ class GsplatBody:
     ) -> Tensor:
         """See `Body.project_backward_update`; gsplat's gradients, then masksplat's Adam, attribute by attribute."""
         gradients = backward_through_gsplat(splats, d_rows)
-        _add_statistics(statistics, splats, views, d_rows, getattr(self.own, "status", None))
+        add_statistics(statistics, views, splats, d_rows, status=getattr(self.own, "status", None))
         state: ProjectionState = splats.state
         moments = zip(optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.steps, strict=True)
         for leaf, gradient, (exp_avg, exp_avg_sq, step) in zip(state.leaves, gradients[:6], moments, strict=True):
@@ -207,21 +207,3 @@ class GsplatBody:
     ) -> tuple[Tensor, Tensor]:
         """See `Body.blend_scores`; masksplat's."""
         return self.own.blend_scores(replace(splats, state=None), view, size, rows=rows)
-
-
-def _add_statistics(
-    statistics: Statistics, splats: Splats, views: Views, d_rows: Tensor, status: Tensor | None
-) -> None:
-    """3DGS's densify statistics of every view: the norm of the gradient by the 2D mean in NDC, and the number seen.
-
-    After an overflow in `status` (masksplat's compositor) d_rows may hold anything, and nothing is added.
-    """
-    num_gaussians = splats.slots.shape[1]
-    for view, (width, height) in enumerate(views.sizes):
-        gradient = d_rows[view * num_gaussians : (view + 1) * num_gaussians]
-        norm = torch.hypot(gradient[:, 0] * (0.5 * width), gradient[:, 1] * (0.5 * height))
-        seen = splats.slots[view] != SLOT_UNSEEN
-        if status is not None:
-            seen = seen & (status[0] == 0)
-        statistics.grad_norm_sum.add_(norm.masked_fill_(~seen, 0.0))
-        statistics.view_count.add_(seen)
