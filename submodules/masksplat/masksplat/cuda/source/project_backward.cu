@@ -1,15 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // From ten values per splat to the gradients of the parameters, summed over the views, and on to Adam and the densify
-// statistics in the same pass: no gradient array is ever made. Everything is recomputed from the parameters. The maths:
-// masksplat/cpu/project_backward.py.
+// statistics in the same pass: no gradient array is ever made. The maths: projection_gradient.cuh.
 //
 // Stages of a block of 64 Gaussians: 1) gather the gradients of their splats: statistics, masks, and who has any
 // gradient at all (a splat behind the end of every pixel has none); 2) stage the coefficients of those; 3) one thread a
 // Gaussian: gradients into shared memory; 4) all threads, 16 bytes at a time: Adam over the block's part of each
 // attribute, which is contiguous. A block without any gradient goes from 1 to 4.
 #include "adam.cuh"
-#include "geometry.cuh"
-#include "harmonics.cuh"
+#include "projection_gradient.cuh"
 #include "staging.cuh"
 
 constexpr int BLOCK = 64;
@@ -20,21 +18,6 @@ constexpr int SMALL_ATTRIBUTES = 5;
 constexpr int WORDS_AT_ONCE = 4;    // of 16 bytes, that a thread loads before it stores
 constexpr int SMALL_AT_ONCE = 3;    // attributes, a word of each likewise
 
-// A row of d_rows.
-struct RowGradient {
-    float mean_x, mean_y, conic_a, conic_b, conic_c, opacity;
-    Vector colour;
-    float mask;
-};
-
-struct Gradients {
-    Vector mean;
-    float4 quat;  // w, x, y, z
-    Vector scale;
-    float opacity;
-    Vector sh0;
-};
-
 // The attributes and their moments, or, where no update is made, the arrays that their gradients go to.
 struct Attribute {
     float *param, *first, *second;
@@ -43,188 +26,6 @@ struct Attribute {
 struct Attributes {
     Attribute means, quats, scales, opacities, sh0, shN;
 };
-
-struct Settings {
-    float eps2d;
-    bool is_final, is_antialiased;
-};
-
-__device__ __forceinline__ RowGradient load_row(const float* __restrict__ d_rows, int slot) {
-    const float2* row = reinterpret_cast<const float2*>(d_rows + static_cast<long long>(slot) * NUM_ROW_COLUMNS);
-    const float2 a = row[0], b = row[1], c = row[2], d = row[3], e = row[4];
-    return {a.x, a.y, b.x, b.y, c.x, c.y, {d.x, d.y, e.x}, e.y};
-}
-
-// True when anything but the mask has a gradient.
-__device__ __forceinline__ bool reaches_parameters(const RowGradient& row) {
-    return row.mean_x != 0.0f || row.mean_y != 0.0f || row.conic_a != 0.0f || row.conic_b != 0.0f ||
-           row.conic_c != 0.0f || row.opacity != 0.0f || row.colour.x != 0.0f || row.colour.y != 0.0f ||
-           row.colour.z != 0.0f;
-}
-
-__device__ __forceinline__ void add(Vector& sum, Vector value) {
-    sum.x += value.x;
-    sum.y += value.y;
-    sum.z += value.z;
-}
-
-// Gradients of the coefficients: sh0's into `sums`, the higher ones into `d_coefficients`, added there when
-// `accumulates`, else written, and then it may be the place of the coefficients themselves. The mean's gradient
-// through the viewing direction goes into `sums`, too.
-template <int DEGREE>
-__device__ __forceinline__ void colour_backward(const Camera& camera, Vector mean, Vector sh0, Vector d_colour,
-                                                const float* coefficients, float* d_coefficients, bool accumulates,
-                                                Gradients& sums) {
-    if constexpr (DEGREE == NO_HARMONICS) {
-        add(sums.sh0, d_colour);
-    } else {
-        float inverse;
-        const Vector direction = view_direction(camera, mean, inverse);
-        const Basis<DEGREE> basis = basis_at<DEGREE>(direction);
-        const Vector colour = harmonics_sum<DEGREE>(basis, sh0, coefficients);
-        // Channels clamped at 0 have no gradient.
-        const Vector d = {colour.x > -0.5f ? d_colour.x : 0.0f, colour.y > -0.5f ? d_colour.y : 0.0f,
-                          colour.z > -0.5f ? d_colour.z : 0.0f};
-        add(sums.sh0, {SH_C0 * d.x, SH_C0 * d.y, SH_C0 * d.z});
-        if constexpr (DEGREE >= 1) {
-            Basis<DEGREE> d_basis;
-#pragma unroll
-            for (int k = 0; k < higher_bases(DEGREE); ++k) {
-                const float* c = coefficients + 3 * k;
-                float* out = d_coefficients + 3 * k;
-                const float value = basis.value[k];
-                d_basis.value[k] = c[0] * d.x + c[1] * d.y + c[2] * d.z;
-                out[0] = (accumulates ? out[0] : 0.0f) + value * d.x;
-                out[1] = (accumulates ? out[1] : 0.0f) + value * d.y;
-                out[2] = (accumulates ? out[2] : 0.0f) + value * d.z;
-            }
-            const Vector g = direction_gradient<DEGREE>(d_basis, direction);
-            const float along = dot(g, direction);
-            add(sums.mean, {(g.x - along * direction.x) * inverse, (g.y - along * direction.y) * inverse,
-                            (g.z - along * direction.z) * inverse});
-        }
-    }
-}
-
-// dL/d(xx, xy, yy) from dL/dconic: -K G K with K the conic and G the symmetric gradient.
-__device__ __forceinline__ Vector covariance_backward(const Covariance& cov, float eps2d, const RowGradient& row) {
-    const float inverse = 1.0f / cov.det;
-    const float a = (cov.yy + eps2d) * inverse, b = -cov.xy * inverse, c = (cov.xx + eps2d) * inverse;
-    const float g0 = row.conic_a, g1 = 0.5f * row.conic_b, g2 = row.conic_c;
-    const float r0 = a * g0 + b * g1, r1 = a * g1 + b * g2;
-    const float s0 = b * g0 + c * g1, s1 = b * g1 + c * g2;
-    return {-(r0 * a + r1 * b), -2.0f * (r0 * b + r1 * c), -(s0 * b + s1 * c)};
-}
-
-// Through opacity * sqrt(det(cov) / det(cov + eps2d I)): adds to dL/dcov, returns dL/dopacity. 0 where the first
-// determinant vanishes.
-__device__ __forceinline__ float antialias_backward(const Covariance& cov, float eps2d, float opacity, float d_opacity,
-                                                    Vector& d_cov) {
-    const float factor = sqrtf(cov.det_before / cov.det);
-    const float shared = d_opacity * opacity * factor;
-    const float half_before = cov.det_before > 0.0f ? shared / (2.0f * cov.det_before) : 0.0f;
-    const float half_after = -shared / (2.0f * cov.det);
-    const float both = half_before + half_after;
-    add(d_cov, {both * cov.yy + half_after * eps2d, -2.0f * both * cov.xy, both * cov.xx + half_after * eps2d});
-    return d_opacity * factor;
-}
-
-// What column k of the rotation matrix and its scale get and give: d_column = (J W)^T dL/dhalf[k].
-struct ColumnBackward {
-    Vector d_column;  // dL/d(column k of R S)
-    float d_scale;
-};
-
-__device__ __forceinline__ ColumnBackward column_backward(const Half& m, Vector column, float d_top, float d_bottom) {
-    const Vector d = {m.top.x * d_top + m.bottom.x * d_bottom, m.top.y * d_top + m.bottom.y * d_bottom,
-                      m.top.z * d_top + m.bottom.z * d_bottom};
-    return {d, dot(d, column)};
-}
-
-// Adds dL/dJ of column k: d_half[k] (W R S)[k]^T.
-__device__ __forceinline__ void add_jacobian(const Camera& camera, Vector column, float scale, float d_top,
-                                             float d_bottom, Jacobian& d_j) {
-    const float* w = camera.turn;
-    const float x = (w[0] * column.x + w[1] * column.y + w[2] * column.z) * scale;
-    const float y = (w[3] * column.x + w[4] * column.y + w[5] * column.z) * scale;
-    const float z = (w[6] * column.x + w[7] * column.y + w[8] * column.z) * scale;
-    d_j.j00 += d_top * x;
-    d_j.j02 += d_top * z;
-    d_j.j11 += d_bottom * y;
-    d_j.j12 += d_bottom * z;
-}
-
-// dL/dquat through the rotation matrix, whose columns' gradients are x, y, z, and the normalisation.
-__device__ __forceinline__ float4 quaternion_backward(const Quaternion& q, Vector x, Vector y, Vector z) {
-    const float yz = y.z - z.y, zx = z.x - x.z, xy = x.y - y.x;  // antisymmetric parts
-    const float half_w = q.x * yz + q.y * zx + q.z * xy;
-    const float half_x = q.y * (y.x + x.y) + q.z * (z.x + x.z) + q.w * yz - 2.0f * q.x * (y.y + z.z);
-    const float half_y = q.x * (y.x + x.y) + q.z * (z.y + y.z) + q.w * zx - 2.0f * q.y * (x.x + z.z);
-    const float half_z = q.x * (z.x + x.z) + q.y * (z.y + y.z) + q.w * xy - 2.0f * q.z * (x.x + y.y);
-    const float along = q.w * half_w + q.x * half_x + q.y * half_y + q.z * half_z;
-    const float twice = 2.0f * q.inverse;
-    return make_float4((half_w - along * q.w) * twice, (half_x - along * q.x) * twice, (half_y - along * q.y) * twice,
-                       (half_z - along * q.z) * twice);
-}
-
-// dL/d(camera point) through the 2D mean, with the true ratios, and through J, with the clamped ones.
-__device__ __forceinline__ Vector point_backward(const Camera& camera, Vector point, float inverse_z, const Jacobian& j,
-                                                 const Jacobian& d_j, const RowGradient& row) {
-    const float ratio_x = point.x * inverse_z, ratio_y = point.y * inverse_z;
-    float d_x = camera.fx * row.mean_x, d_y = camera.fy * row.mean_y;
-    if (ratio_x > camera.x_low && ratio_x < camera.x_high) d_x -= j.j00 * d_j.j02;
-    if (ratio_y > camera.y_low && ratio_y < camera.y_high) d_y -= j.j11 * d_j.j12;
-    const float through_j = j.j00 * d_j.j00 + j.j02 * d_j.j02 + j.j11 * d_j.j11 + j.j12 * d_j.j12;
-    return {d_x * inverse_z, d_y * inverse_z, -(through_j + d_x * ratio_x + d_y * ratio_y) * inverse_z};
-}
-
-// Gradients of geometry and opacity of one Gaussian in one view, added to `sums`.
-__device__ __forceinline__ void geometry_backward(const Camera& camera, const Settings& settings, Vector mean,
-                                                  float4 quat, Vector log_scale, float raw_opacity,
-                                                  const RowGradient& row, Gradients& sums) {
-    const Vector point = camera_point(camera, mean);
-    const float inverse_z = 1.0f / point.z;
-    const Jacobian j = jacobian(camera, point, inverse_z);
-    const Half m = image_turn(camera, j);
-    const Quaternion q = unit_quaternion(quat);
-    const Vector scale = activated_scale(log_scale, settings.is_final);
-    const Half half = half_projection(m, q, scale);
-    const Covariance cov = covariance(half, settings.eps2d);
-    Vector d_cov = covariance_backward(cov, settings.eps2d, row);
-    const float opacity = activated_opacity(raw_opacity, settings.is_final);
-    float d_opacity = row.opacity;
-    if (settings.is_antialiased) d_opacity = antialias_backward(cov, settings.eps2d, opacity, d_opacity, d_cov);
-    sums.opacity += settings.is_final ? d_opacity : d_opacity * opacity * (1.0f - opacity);
-    // cov = half half^T.
-    const Vector d_top = {2.0f * d_cov.x * half.top.x + d_cov.y * half.bottom.x,
-                          2.0f * d_cov.x * half.top.y + d_cov.y * half.bottom.y,
-                          2.0f * d_cov.x * half.top.z + d_cov.y * half.bottom.z};
-    const Vector d_bottom = {d_cov.y * half.top.x + 2.0f * d_cov.z * half.bottom.x,
-                             d_cov.y * half.top.y + 2.0f * d_cov.z * half.bottom.y,
-                             d_cov.y * half.top.z + 2.0f * d_cov.z * half.bottom.z};
-    const Vector x = rotation_x(q), y = rotation_y(q), z = rotation_z(q);
-    const ColumnBackward bx = column_backward(m, x, d_top.x, d_bottom.x);
-    const ColumnBackward by = column_backward(m, y, d_top.y, d_bottom.y);
-    const ColumnBackward bz = column_backward(m, z, d_top.z, d_bottom.z);
-    const Vector through = settings.is_final ? Vector{1.0f, 1.0f, 1.0f} : scale;
-    add(sums.scale, {bx.d_scale * through.x, by.d_scale * through.y, bz.d_scale * through.z});
-    const Vector dx = bx.d_column, dy = by.d_column, dz = bz.d_column;
-    const float4 d_quat = quaternion_backward(q, {dx.x * scale.x, dx.y * scale.x, dx.z * scale.x},
-                                              {dy.x * scale.y, dy.y * scale.y, dy.z * scale.y},
-                                              {dz.x * scale.z, dz.y * scale.z, dz.z * scale.z});
-    sums.quat.x += d_quat.x;
-    sums.quat.y += d_quat.y;
-    sums.quat.z += d_quat.z;
-    sums.quat.w += d_quat.w;
-    Jacobian d_j = {0.0f, 0.0f, 0.0f, 0.0f};
-    add_jacobian(camera, x, scale.x, d_top.x, d_bottom.x, d_j);
-    add_jacobian(camera, y, scale.y, d_top.y, d_bottom.y, d_j);
-    add_jacobian(camera, z, scale.z, d_top.z, d_bottom.z, d_j);
-    const Vector d = point_backward(camera, point, inverse_z, j, d_j, row);
-    const float* w = camera.turn;
-    add(sums.mean, {w[0] * d.x + w[3] * d.y + w[6] * d.z, w[1] * d.x + w[4] * d.y + w[7] * d.z,
-                    w[2] * d.x + w[5] * d.y + w[8] * d.z});
-}
 
 __device__ __forceinline__ void store_small(float* small, int local, const Gradients& sums) {
     float* mean = small + AT_MEANS + 3 * local;
