@@ -29,5 +29,7 @@ def add_statistics(
             continue
         # By slots: rows that are not in use hold anything.
         of_gaussians = d_rows[:, :2].index_select(0, slots.clamp(min=0))
-        norms = torch.linalg.vector_norm(of_gaussians * d_rows.new_tensor([0.5 * width, 0.5 * height]), dim=1)
+        # Numbers of the host as scalars: as a tensor they would have to be copied to the device, and waited for.
+        in_ndc = torch.stack((of_gaussians[:, 0] * (0.5 * width), of_gaussians[:, 1] * (0.5 * height)), dim=1)
+        norms = torch.linalg.vector_norm(in_ndc, dim=1)
         statistics.grad_norm_sum.add_(norms.masked_fill_(slots < 0, 0.0).to(statistics.grad_norm_sum.dtype))
