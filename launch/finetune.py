@@ -35,6 +35,8 @@ def finetune_values(given: Mapping[str, Any]) -> dict[str, Any]:
         "iterations": last,
         "position_lr_max_steps": USUAL_ITERATIONS,
         **({"lambda_mask": FINETUNE_LAMBDA} if given.get("prune_method", "mask") == "mask" else {}),
+        "opacity_decay": 0.0,
+        "anneal_share": 0.0,
         "mask_from_iter": 0,
         "mask_until_iter": last,
         "disable_auto_densification": True,

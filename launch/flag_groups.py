@@ -118,10 +118,17 @@ class OptimizationConfig:
     """Learning rate of the base colour; the higher harmonics get a twentieth."""
     opacity_lr: float = flag(0.05, source="3DGS", minimum=0.0)
     """Learning rate of the opacity logits."""
+    opacity_decay: float = flag(0.05, minimum=0.0)
+    """How far each opacity logit falls in a pass over the training views, whatever its gradient; follows the learning
+    rate. What no view holds up goes: better test views, fewer Gaussians. 0: as 3DGS."""
     scaling_lr: float = flag(0.005, source="3DGS", minimum=0.0)
     """Learning rate of the log scales."""
     rotation_lr: float = flag(0.001, source="3DGS", minimum=0.0)
     """Learning rate of the quaternions."""
+    anneal_share: float = flag(0.1, minimum=0.0, maximum=1.0)
+    """Last part of --iterations in which all learning rates but the masks' fall; 0: as 3DGS, only the centres'."""
+    anneal_to: float = flag(0.05, minimum=1e-6, maximum=1.0)
+    """Factor on the learning rates that --anneal_share ends at; log-linear."""
     lr_scale_loss: float = flag(1.0, source="Grendel", minimum=0.0)
     """Factor on the image loss of every view (Adam makes it nearly invisible; it weighs against --lambda_mask)."""
     lr_scale_pos_and_scale: float = flag(1.0, source="Grendel", minimum=0.0)

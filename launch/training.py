@@ -37,7 +37,7 @@ from scene.node_images import NodeImages
 from scene.points import initial_gaussians
 from scene.sampler import ViewSampler
 from strategies.base import CombinedStrategy
-from strategies.optimizer_scaling import OptimizerScaling, PositionRate, scaling_for
+from strategies.optimizer_scaling import Annealing, OptimizerScaling, PositionRate, scaling_for
 from strategies.schedule import Window
 
 SH_DEGREE_INTERVAL = 1000
@@ -66,6 +66,7 @@ class Training:
     strategy: CombinedStrategy
     scaling: OptimizerScaling
     position_rate: PositionRate
+    annealing: Annealing
     body: Body
     phases: PhaseTimer
     data: Mapping[str, str]
@@ -167,7 +168,8 @@ class Training:
 
     def adam_steps(self, window: Window) -> list[AdamStep]:
         """This step's Adam numbers of each kernel attribute."""
-        optimization = self.config.optimization
+        optimization, common = self.config.optimization, self.scaling.lr_factor * self.annealing.at(window.first)
+        drift_of_rate = self._opacity_drift_of_rate
         steps = []
         for name in KERNEL_ATTRIBUTES:
             spec = next(spec for spec in self.table.attributes if spec.name == name)
@@ -176,12 +178,19 @@ class Training:
             else:
                 rate = getattr(optimization, spec.learning_rate) * spec.learning_rate_factor
                 rate *= rate_factor(self.config, window.first)
-            rate *= self.scaling.lr_factor
+            rate *= common
             if name in ("means", "scales"):
                 rate *= optimization.lr_scale_pos_and_scale
             rate = 0.0 if self.config.debug.stop_update_param else rate
-            steps.append(AdamStep(rate, *self.scaling.betas, self.scaling.eps, self.table.num_updates + 1))
+            drift = rate * drift_of_rate if name == "opacities" else 0.0
+            steps.append(AdamStep(rate, *self.scaling.betas, self.scaling.eps, self.table.num_updates + 1, drift))
         return steps
+
+    @property
+    def _opacity_drift_of_rate(self) -> float:
+        """What opacity logits fall by in a step, as a share of their learning rate: --opacity_decay in a pass."""
+        optimization, rate = self.config.optimization, self.config.optimization.opacity_lr
+        return optimization.opacity_decay / (rate * len(self.scene.train)) if rate > 0 else 0.0
 
 
 def build_training(
@@ -235,6 +244,7 @@ def build_training(
             optimization.position_lr_final * scene.extent,
             optimization.position_lr_max_steps,
         ),
+        annealing=Annealing(optimization.iterations, optimization.anneal_share, optimization.anneal_to),
         body=body,
         phases=phase_timer(communicator.device, on_device=config.benchmark.enable_timer),
         data=data,

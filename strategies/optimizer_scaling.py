@@ -70,3 +70,28 @@ class PositionRate:
             return 0.0
         t = min(max(iteration / self.max_steps, 0.0), 1.0)
         return math.exp((1 - t) * math.log(self.initial) + t * math.log(self.final))
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """A factor on learning rates: 1, and in the last `share` of the iterations log-linear down to `final`.
+
+    Adam's steps do not shrink with the gradient: with constant rates the last photo's noise is in the result. 3DGS lets
+    only the rate of the means fall.
+    """
+
+    iterations: int
+    share: float
+    final: float
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.share <= 1 and 0 < self.final <= 1) or self.iterations < 1:
+            raise ValueError(f"share must be in [0, 1], final in (0, 1] and iterations 1 or more, got {self}")
+
+    def at(self, iteration: int) -> float:
+        """The factor at an iteration, from 1."""
+        if self.share == 0:
+            return 1.0
+        start = (1 - self.share) * self.iterations
+        t = min(max((iteration - start) / (self.share * self.iterations), 0.0), 1.0)
+        return self.final**t

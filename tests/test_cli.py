@@ -32,7 +32,7 @@ PICKED = (SceneOptions, DensityConfig, MaskConfig, PruneConfig)
 
 # A flag that disappears or is renamed breaks somebody's script: change these lists only with a line in docs/parity.md.
 TRAIN_FLAGS = """
-adjust_strategy_warmp_iterations antialiasing auto_start_checkpoint backend border_divpos_coeff bsz
+adjust_strategy_warmp_iterations anneal_share anneal_to antialiasing auto_start_checkpoint backend border_divpos_coeff bsz
 check_agreement check_cpu_memory check_gpu_memory checkpoint_iterations compute_cov3D_python convert_SHs_python
 data_device dataset_type debug debug_from densification_interval densify_from_iter densify_grad_threshold
 densify_iteration densify_memory_limit_percentage densify_until_iter depth_l1_weight_final depth_l1_weight_init depths
@@ -43,7 +43,7 @@ grad_normalization_mode gumbel_temp heuristic_decay image_cache_gb image_distrib
 images ip iterations lambda_dssim lambda_mask llffhold local_sampling log_folder log_interval log_memory_summary
 lp_compat lr_scale_loss lr_scale_mode lr_scale_pos_and_scale mask_estimator mask_from_iter mask_lr
 mask_prune_iter mask_until_iter min_opacity model_path multiprocesses_image_loading no_heuristics_update
-nsys_profile num_test_cameras num_train_cameras opacity_lr opacity_reset_interval opacity_reset_until_iter
+nsys_profile num_test_cameras num_train_cameras opacity_decay opacity_lr opacity_reset_interval opacity_reset_until_iter
 optimizer_type percent_dense port position_lr_delay_mult position_lr_final position_lr_init
 position_lr_max_steps preload_dataset_to_gpu preload_dataset_to_gpu_threshold preserving_ratio prune_finetune
 prune_iterations prune_method prune_percent prune_use_percent_iterations quiet rad_prune_iterations

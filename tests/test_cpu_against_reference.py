@@ -248,7 +248,7 @@ def test_adam(dtype):
     for update in range(1, 8):
         gradient = torch.randn(1000, 3, generator=generator, dtype=torch.float64).to(dtype)
         for body, (param, first, second) in zip((CPU, REFERENCE), states, strict=True):
-            body.adam(param, gradient, first, second, AdamStep(0.01, 0.9, 0.999, 1e-15, update))
+            body.adam(param, gradient, first, second, AdamStep(0.01, 0.9, 0.999, 1e-15, update, 0.003))
     for one, two in zip(*states, strict=True):
         assert_close(one, two, TOLERANCE[dtype])
     assert relative_error(states[0][0], start) > 1e-3
@@ -267,7 +267,7 @@ def test_fused_update(dtype):
     for body in (CPU, REFERENCE):
         table = with_parameters(gaussians, [tensor.clone() for tensor in parameters_of(gaussians)])
         moments = [tuple(torch.full_like(t, 0.5) for t in parameters_of(gaussians)) for _ in range(2)]
-        steps = tuple(AdamStep(0.01 * (k + 1), 0.9, 0.99, 1e-8, 3) for k in range(6))
+        steps = tuple(AdamStep(0.01 * (k + 1), 0.9, 0.99, 1e-8, 3, 0.02 * (k == 3)) for k in range(6))
         statistics = Statistics(torch.ones(200, dtype=dtype), torch.ones(200, dtype=dtype))
         d_masks = body.project_backward_update(
             table,

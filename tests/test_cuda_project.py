@@ -285,7 +285,7 @@ def test_tables_that_begin_anywhere(launcher: Launcher) -> None:
 def update(launcher: Launcher, table: Gaussians, views: Views, settings, splats: Splats, d_rows: Tensor, **options):
     """One fused update in place; returns everything that it may change."""
     moments, statistics = state_like(table)
-    steps = tuple(AdamStep(0.01 * (k + 1), 0.9 - 0.01 * k, 0.99, 1e-8, 3 + k) for k in range(6))
+    steps = tuple(AdamStep(0.01 * (k + 1), 0.9 - 0.01 * k, 0.99, 1e-8, 3 + k, 0.02 * (k == 3)) for k in range(6))
     d_masks = projection.project_backward_update(
         launcher, table, views, settings, splats, d_rows, optimizer=Optimizer(*moments, steps), statistics=statistics,
         gradient_scale=0.25, **options,
@@ -301,7 +301,7 @@ def state_like(table: Gaussians) -> tuple[list[tuple[Tensor, ...]], Statistics]:
 def update_by(body, table: Gaussians, views: Views, settings, splats: Splats, d_rows: Tensor) -> list[Tensor]:
     """`update` by another body."""
     moments, statistics = state_like(table)
-    steps = tuple(AdamStep(0.01 * (k + 1), 0.9 - 0.01 * k, 0.99, 1e-8, 3 + k) for k in range(6))
+    steps = tuple(AdamStep(0.01 * (k + 1), 0.9 - 0.01 * k, 0.99, 1e-8, 3 + k, 0.02 * (k == 3)) for k in range(6))
     d_masks = body.project_backward_update(
         table, views, settings, splats, d_rows,
         optimizer=Optimizer(*moments, steps), statistics=statistics, gradient_scale=0.25,
@@ -365,7 +365,7 @@ def test_adam(launcher: Launcher, count: int) -> None:
         [tensor.to(launcher.device) for tensor in (start.clone(), torch.zeros(count), torch.zeros(count))],
     ]
     for number in range(1, 6):
-        gradient, step = torch.randn(count, generator=generator), AdamStep(0.01, 0.9, 0.999, 1e-15, number)
+        gradient, step = torch.randn(count, generator=generator), AdamStep(0.01, 0.9, 0.999, 1e-15, number, 0.003)
         CPU.adam(states[0][0], gradient, *states[0][1:], step)
         REFERENCE.adam(states[1][0], gradient.double(), *states[1][1:], step)
         projection.adam(launcher, states[2][0], gradient.to(launcher.device), *states[2][1:], step)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from strategies.optimizer_scaling import OptimizerScaling, PositionRate, scaling_for
+from strategies.optimizer_scaling import Annealing, OptimizerScaling, PositionRate, scaling_for
 
 
 def test_scaling_of_the_three_modes() -> None:
@@ -43,3 +43,13 @@ def test_position_rate_of_zero_and_of_nonsense() -> None:
     assert PositionRate(0.0, 0.0, 10).at(5) == 0.0
     with pytest.raises(ValueError, match="both"):
         PositionRate(1e-4, 0.0, 10)
+
+
+def test_annealing_is_one_and_then_log_linear() -> None:
+    annealing = Annealing(30_000, share=0.1, final=0.05)
+    assert [annealing.at(iteration) for iteration in (1, 15_000, 27_000)] == [1.0] * 3
+    assert annealing.at(28_500) == pytest.approx(math.sqrt(0.05), rel=1e-12)
+    assert annealing.at(30_000) == annealing.at(30_003) == 0.05  # the last batch may reach beyond the end
+    assert Annealing(100, share=0.0, final=0.05).at(100) == 1.0
+    with pytest.raises(ValueError, match="share"):
+        Annealing(100, share=1.1, final=0.5)

@@ -417,6 +417,14 @@ def test_adam_equals_torch(dtype):
         torch.testing.assert_close(ours, theirs.detach(), rtol=1e-6 if dtype == torch.float32 else 1e-13, atol=1e-7)
 
 
+def test_a_drift_moves_every_value_and_no_moment():
+    states = [[torch.full((5,), 2.0), torch.zeros(5), torch.zeros(5)] for _ in range(2)]
+    for state, drift in zip(states, (0.0, 0.25), strict=True):
+        BODY.adam(state[0], torch.ones(5), *state[1:], AdamStep(0.01, 0.9, 0.999, 1e-15, 1, drift))
+    assert torch.equal(states[0][0] - 0.25, states[1][0])
+    assert torch.equal(states[0][1], states[1][1]) and torch.equal(states[0][2], states[1][2])
+
+
 # --- what is selected -----------------------------------------------------------------------------------------
 
 

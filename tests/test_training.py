@@ -22,6 +22,7 @@ from masksplat.ops import get_body
 from scene.errors import InputError
 from scene.model_folder import ModelFolder
 from scene.ply import load_ply
+from strategies.schedule import Window
 
 SHORT = (
     *("--iterations", "60", "--densify_from_iter", "10", "--densification_interval", "20", "--quiet", "--no-report"),
@@ -163,3 +164,24 @@ def test_the_report_follows_a_training(any_scene: Path, tmp_path: Path) -> None:
     logged = next(r for r in records if r["kind"] == "evaluation" and r["split"] == "test")
     assert results["PSNR"] == pytest.approx(logged["psnr"], abs=1e-6)
     assert results["SSIM"] == pytest.approx(logged["ssim"], abs=1e-6)
+
+
+def test_opacities_decay_by_the_flag_in_a_pass_and_rates_fall_at_the_end(any_scene: Path, tmp_path: Path) -> None:
+    plain = built(any_scene, tmp_path / "a", "--opacity_decay", "0", "--anneal_share", "0")
+    training = built(any_scene, tmp_path / "b", "--opacity_decay", "0.5", "--anneal_share", "0.5", "--anneal_to", "0.01")
+    num_views, opacities = len(training.scene.train), 3
+    first, last = training.adam_steps(training.window(0)), training.adam_steps(training.window(59))
+    assert first[opacities].drift * num_views == pytest.approx(0.5, rel=1e-12)
+    assert last[opacities].drift == pytest.approx(first[opacities].drift / 100, rel=1e-12)
+    assert [step.drift for number, step in enumerate(first) if number != opacities] == [0.0] * 5
+    constant = plain.adam_steps(plain.window(59))
+    assert all(step.drift == 0 for step in constant)
+    assert [one.learning_rate / 100 for one in constant] == pytest.approx([one.learning_rate for one in last], rel=1e-12)
+
+
+def test_the_decay_follows_the_rate_of_a_batch(any_scene: Path, tmp_path: Path) -> None:
+    drifts = [
+        built(any_scene, tmp_path / str(size), "--bsz", str(size)).adam_steps(Window(1, size))[3].drift
+        for size in (1, 4)
+    ]
+    assert drifts[1] == pytest.approx(2 * drifts[0], rel=1e-12) and drifts[0] > 0

@@ -167,13 +167,17 @@ class PhotometricLoss(NamedTuple):
 
 
 class AdamStep(NamedTuple):
-    """One Adam update (Kingma and Ba, 2015): learning rate, decay rates, epsilon and the 1-based update number."""
+    """One Adam update (Kingma and Ba, 2015): learning rate, decay rates, epsilon and the 1-based update number.
+
+    drift: subtracted from every value after the update, whatever its gradient; decoupled, as AdamW's weight decay is.
+    """
 
     learning_rate: float
     beta1: float
     beta2: float
     eps: float
     update: int
+    drift: float = 0.0
 
 
 class Optimizer(NamedTuple):

@@ -311,4 +311,5 @@ def _limits(settings: ProjectionSettings, dtype: Any) -> Array:
 
 def _adam_factors(step: AdamStep, gradient_scale: float = 1.0) -> tuple[float, ...]:
     rate = step.learning_rate / (1.0 - step.beta1**step.update)
-    return step.beta1, step.beta2, rate, (1.0 - step.beta2**step.update) ** -0.5, step.eps, gradient_scale
+    root = (1.0 - step.beta2**step.update) ** -0.5
+    return step.beta1, step.beta2, rate, root, step.eps, gradient_scale, step.drift

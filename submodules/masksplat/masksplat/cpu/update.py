@@ -27,7 +27,7 @@ def update_rows(
 ):  # fmt: skip
     """Update the rows of this task in place.
 
-    `flat`, `exp_avg`, `exp_avg_sq` are the attributes and their moments as flat arrays, `factors` (6, 6) what
+    `flat`, `exp_avg`, `exp_avg_sq` are the attributes and their moments as flat arrays, `factors` (6, 7) what
     `adam_span` needs for each; its gradient scale applies to d_masks, too, but not to the statistics.
     """
     means = gaussian[0]

@@ -140,7 +140,7 @@ def project_backward_update(
     for name, sums in statistics._asdict().items():
         _check_dtype(name, sums, torch.float32)
     d_masks = torch.empty_like(table[3])
-    factors = np.array([(*adam_factors(step), gradient_scale) for step in optimizer.steps], np.float32)
+    factors = np.array([(*adam_factors(step), gradient_scale, step.drift) for step in optimizer.steps], np.float32)
     launcher(
         f"project_backward.update_{KERNEL_SUFFIXES[settings.sh_degree]}", *_backward_extents(gaussians),
         *table, *optimizer.exp_avg, *optimizer.exp_avg_sq, upload(launcher, factors),
@@ -173,7 +173,7 @@ def adam(
     factors = (np.float32(value) for value in adam_factors(step))
     launcher(
         "adam.update", -(-num_words // ADAM_BLOCK), ADAM_BLOCK, *(tensor.detach() for tensor in tensors),
-        np.int64(param.numel()), *factors, status,
+        np.int64(param.numel()), *factors, np.float32(step.drift), status,
     )  # fmt: skip
 
 

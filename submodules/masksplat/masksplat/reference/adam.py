@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adam (Kingma and Ba, 2015) as torch.optim.Adam computes it, without weight decay or AMSGrad."""
+"""Adam (Kingma and Ba, 2015) as torch.optim.Adam computes it, without AMSGrad, and with a constant drift for a decay."""
 
 from __future__ import annotations
 
@@ -18,3 +18,5 @@ def adam(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step:
     root = (1.0 - step.beta2**step.update) ** 0.5
     denominator = exp_avg_sq.sqrt().div_(root).add_(step.eps)
     param.addcdiv_(exp_avg, denominator, value=-step.learning_rate / correction)
+    if step.drift:
+        param.sub_(step.drift)

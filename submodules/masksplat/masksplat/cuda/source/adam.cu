@@ -6,9 +6,9 @@
 extern "C" __global__ void __launch_bounds__(256)
     update(float* __restrict__ param, const float* __restrict__ gradient, float* __restrict__ first,
            float* __restrict__ second, long long count, float beta1, float beta2, float rate, float root, float eps,
-           const int* __restrict__ status) {
+           float drift, const int* __restrict__ status) {
     if (is_stopped(status)) return;
-    const AdamFactors factors = {beta1, beta2, rate, root, eps, 1.0f};
+    const AdamFactors factors = {beta1, beta2, rate, root, eps, 1.0f, drift};
     const long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     const long long num_words = count / 4;
     if (i < num_words) {

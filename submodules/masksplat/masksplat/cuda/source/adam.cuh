@@ -11,9 +11,10 @@ struct AdamFactors {
     float root;   // 1 / sqrt(1 - beta2^t)
     float eps;
     float scale;  // of the gradient
+    float drift;  // subtracted after the update
 };
 
-constexpr int ADAM_FACTORS = 6;
+constexpr int ADAM_FACTORS = 7;
 
 __device__ __forceinline__ void adam_value(float& param, float& first, float& second, float gradient,
                                            const AdamFactors& f) {
@@ -23,6 +24,7 @@ __device__ __forceinline__ void adam_value(float& param, float& first, float& se
     // Approximate to a few ulp of the update, far below what the parameter can hold; rounding as IEEE 754 says takes
     // three times the instructions. A second moment that is denormal counts as 0: its root is far below any eps.
     param -= f.rate * first * reciprocal_approximate(root_approximate(second) * f.root + f.eps);
+    param -= f.drift;
 }
 
 __device__ __forceinline__ void adam_word(float4& param, float4& first, float4& second, float4 gradient,

@@ -239,7 +239,7 @@ __device__ __forceinline__ void backward(const Attributes& table, const Attribut
         const Gathered found = gather(inputs.d_rows, inputs.slots, inputs.cameras, i, inputs.num_gaussians, num_views,
                                       UPDATES ? statistics.norm_sum[i] : 0.0f);
         is_active = found.is_active;
-        d_masks[i] = UPDATES ? found.d_mask * factors[ADAM_FACTORS - 1] : found.d_mask;
+        d_masks[i] = UPDATES ? found.d_mask * reinterpret_cast<const AdamFactors*>(factors)->scale : found.d_mask;
         if (UPDATES && found.num_views > 0) {
             statistics.norm_sum[i] = found.norm_sum;
             statistics.view_count[i] += static_cast<float>(found.num_views);
