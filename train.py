@@ -55,8 +55,8 @@ def run(config: TrainConfig, communicator: Communicator, arguments: Sequence[str
         with communicator.all_or_none(InputError):
             if main:
                 prepare(start, folder, training, arguments)
-        train(training, folder, start)
-        wrap_up(config, communicator, num_train=len(training.scene.train), num_test=len(training.scene.test))
+        if train(training, folder, start):
+            wrap_up(config, communicator, num_train=len(training.scene.train), num_test=len(training.scene.test))
 
 
 def prepare(start: Start, folder: ModelFolder, training: Training, arguments: Sequence[str]) -> None:
@@ -73,8 +73,8 @@ def prepare(start: Start, folder: ModelFolder, training: Training, arguments: Se
     save_point_cloud(folder.input_ply, scene.points.xyz, scene.points.rgb)
 
 
-def train(training: Training, folder: ModelFolder, start: Start) -> None:
-    """Run every step that is not done yet and record what happens."""
+def train(training: Training, folder: ModelFolder, start: Start) -> bool:
+    """Run every step that is not done yet and record what happens; whether the training is over, or was stopped."""
     config, ranks = training.config, training.communicator
     iterations, done = config.optimization.iterations, training.first_step * config.optimization.bsz
     show = ranks.is_main and not config.logging.quiet
@@ -92,11 +92,15 @@ def train(training: Training, folder: ModelFolder, start: Start) -> None:
             recorder.resume(start.checkpoint)
         late, step = LateSteps(training, recorder), training.first_step
         with keeping_what_is_trained(training, recorder, late):
-            while step < training.num_steps:
+            while step < training.stop_step:
                 step = train_step(training, recorder, late, step)
+        if training.stop_step < training.num_steps:
+            print(f"stopped after {config.optimization.stop_after} of {iterations} images (--stop_after), with a checkpoint")
+            return False
         seconds, count = recorder.end(), recorder.num_gaussians()
     images, peak = iterations - recorder.untimed_images, recorder.gpu_peak.sentence()
     print(f"trained {images} images in {seconds:.1f} s, {count:,} Gaussians{peak}")
+    return True
 
 
 def train_step(training: Training, recorder: Recorder, late: LateSteps, step: int) -> int:
@@ -124,7 +128,7 @@ def train_step(training: Training, recorder: Recorder, late: LateSteps, step: in
         edits = strategy.after_step(table, window, seed)
         first = next(edits, None)
     # Measured and saved before the edits, as in 3DGS: fresh clones and reset opacities have not been trained yet.
-    is_read = first is not None or recorder.is_due(window) or step + 1 == training.num_steps
+    is_read = first is not None or recorder.is_due(window) or step + 1 == training.stop_step
     again = late.settle() if is_read else late.keep_up()
     if again is not None:
         return again

@@ -149,7 +149,8 @@ def _iteration_lists(given: Mapping[str, Any], iterations: int) -> dict[str, tup
     """Test, save and checkpoint iterations, ascending, within 1..iterations; the last one is always saved."""
     usual = (*DEFAULT_MILESTONES, iterations)
     test, save = given.get("test_iterations", usual), (*given.get("save_iterations", usual), iterations)
-    lists = {"test": test, "save": save, "checkpoint": given.get("checkpoint_iterations", ())}
+    checkpoint = (*given.get("checkpoint_iterations", ()), given.get("stop_after", 0))
+    lists = {"test": test, "save": save, "checkpoint": checkpoint}
     return {f"{name}_iterations": _within(wanted, iterations) for name, wanted in lists.items()}
 
 

@@ -95,6 +95,9 @@ class OptimizationConfig:
 
     iterations: int = flag(30_000, source="3DGS", minimum=1, unit="images")
     """Length of the training, counted in images: a step with --bsz 4 advances by 4."""
+    stop_after: int = flag(0, minimum=0, unit="images")
+    """Stops after this image with a checkpoint and nothing else, as if interrupted: all schedules stay those of
+    --iterations. 0: goes on to the end."""
     bsz: int = flag(1, source="Grendel", minimum=1, unit="images")
     """Images per optimizer step."""
     lr_scale_mode: str = flag("sqrt", source="Grendel", choices=("sqrt", "linear", "accumu"))

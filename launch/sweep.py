@@ -75,7 +75,7 @@ def run_sweep(sweep: Sweep) -> list[Point]:
     learning = ("--prune_method", sweep.score, "--use_importance_mask")
     config = sweep.config(*learning)
     fork = fork_iteration(config)
-    _train(sweep, "base", "--prune_method", "3dgs", *_only_until(fork), marker=_checkpoint(sweep, fork))
+    _train(sweep, "base", "--prune_method", "3dgs", "--stop_after", str(fork), marker=_checkpoint(sweep, fork))
     start = ("--start_checkpoint", str(_checkpoint(sweep, fork)), "--checkpoint_iterations", "--render_and_evaluate")
     ends = {UNPRUNED: ("--prune_method", "3dgs"), LEARNED: learning}
     for ratio in sweep.ratios:
@@ -100,18 +100,6 @@ def fork_iteration(config: TrainConfig) -> int:
             "--prune_iterations and --prune_use_percent_iterations"
         )
     return fork
-
-
-def _only_until(iteration: int) -> tuple[str, ...]:
-    """The flags of the common training; later flags win over earlier ones."""
-    return (
-        "--iterations",
-        str(iteration),
-        "--checkpoint_iterations",
-        str(iteration),
-        "--test_iterations",
-        "--no_report",
-    )
 
 
 def _checkpoint(sweep: Sweep, iteration: int) -> Path:

@@ -98,6 +98,12 @@ class Training:
         """Steps that cover all iterations; the last may reach beyond."""
         return -(-self.config.optimization.iterations // self.config.optimization.bsz)
 
+    @property
+    def stop_step(self) -> int:
+        """Steps that are done when the loop ends: all of them, or those that --stop_after asks for."""
+        wanted = -(-self.config.optimization.stop_after // self.config.optimization.bsz)
+        return min(wanted, self.num_steps) if wanted else self.num_steps
+
     def sh_degree(self, window: Window) -> int:
         """The degree in use: one more at every multiple of 1000 images."""
         return min(self.config.model.sh_degree, window.last // SH_DEGREE_INTERVAL)

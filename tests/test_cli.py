@@ -51,7 +51,7 @@ rad_prune_threshold random_background random_prune_ratio redistribute_gaussians_
 redistribute_gaussians_mode redistribute_gaussians_threshold render_and_evaluate report resolution rotation_lr
 save_iterations save_strategy_history scale_schedules scaling_lr seed setting sh_degree
 simplification_iteration1 simplification_iteration2 source_path start_checkpoint start_pointcloud
-stop_update_param sync_grad_mode target_gaussians target_mb test_iterations threads time_image_loading
+stop_after stop_update_param sync_grad_mode target_gaussians target_mb test_iterations threads time_image_loading
 train_mask_iters train_test_exp use_importance_mask wandb_run_name white_background zhx_debug zhx_time
 """
 RENDER_FLAGS = """

@@ -137,6 +137,17 @@ def test_an_interrupted_run_goes_on_in_its_folder(any_scene: Path, straight: Pat
     assert [edit["num_gaussians"] for edit in read.edits] == [edit["num_gaussians"] for edit in straight_log.edits]
 
 
+def test_a_stopped_training_goes_on_to_the_same_end(any_scene: Path, straight: Path, tmp_path: Path) -> None:
+    """--stop_after leaves a checkpoint and no model, behind the batch that holds the image; schedules are unchanged."""
+    target = tmp_path / "m"
+    run(any_scene, target, "--stop_after", "57")  # learning rates fall from 54 on
+    assert [path.name for path in (target / "checkpoints").iterdir()] == ["57"]
+    assert not (target / "point_cloud").exists()
+    assert "stopped after 57 of 60 images" in (target / "train.log").read_text()
+    run(any_scene, target, "--auto_start_checkpoint", "--checkpoint_iterations", str(LENGTH))
+    assert_equal_ends(straight, target)
+
+
 def test_the_progress_bar_starts_where_the_training_does(
     any_scene: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,7 +66,7 @@ def test_one_training_and_an_end_for_each_ratio(tmp_path: Path, monkeypatch: pyt
     assert main([*arguments, "--", "--iterations", "7000", "--scale_schedules"]) == 0
     names = [Path(command[command.index("-m") + 1]).name for command in commands]
     assert names == ["base", UNPRUNED, LEARNED, "0.9", "0"]
-    assert commands[0][-8:-4] == ["--prune_method", "3dgs", "--iterations", "4550"]
+    assert commands[0][-4:] == ["--prune_method", "3dgs", "--stop_after", "4550"]
     assert "--use_importance_mask" in commands[2] and commands[3][commands[3].index("--prune_percent") + 1] == "0.9"
     start = str(tmp_path / "base" / "checkpoints" / "4550")
     assert all(command[command.index("--start_checkpoint") + 1] == start for command in commands[1:])
