@@ -95,7 +95,7 @@ def train(training: Training, folder: ModelFolder, start: Start) -> bool:
             while step < training.stop_step:
                 step = train_step(training, recorder, late, step)
         if training.stop_step < training.num_steps:
-            print(f"stopped after {config.optimization.stop_after} of {iterations} images (--stop_after), with a checkpoint")
+            print(f"stopped after {config.optimization.stop_after} of {iterations} images, with a checkpoint")
             return False
         seconds, count = recorder.end(), recorder.num_gaussians()
     images, peak = iterations - recorder.untimed_images, recorder.gpu_peak.sentence()

@@ -168,7 +168,8 @@ def test_the_report_follows_a_training(any_scene: Path, tmp_path: Path) -> None:
 
 def test_opacities_decay_by_the_flag_in_a_pass_and_rates_fall_at_the_end(any_scene: Path, tmp_path: Path) -> None:
     plain = built(any_scene, tmp_path / "a", "--opacity_decay", "0", "--anneal_share", "0")
-    training = built(any_scene, tmp_path / "b", "--opacity_decay", "0.5", "--anneal_share", "0.5", "--anneal_to", "0.01")
+    flags = ("--opacity_decay", "0.5", "--anneal_share", "0.5", "--anneal_to", "0.01")
+    training = built(any_scene, tmp_path / "b", *flags)
     num_views, opacities = len(training.scene.train), 3
     first, last = training.adam_steps(training.window(0)), training.adam_steps(training.window(59))
     assert first[opacities].drift * num_views == pytest.approx(0.5, rel=1e-12)
@@ -176,7 +177,8 @@ def test_opacities_decay_by_the_flag_in_a_pass_and_rates_fall_at_the_end(any_sce
     assert [step.drift for number, step in enumerate(first) if number != opacities] == [0.0] * 5
     constant = plain.adam_steps(plain.window(59))
     assert all(step.drift == 0 for step in constant)
-    assert [one.learning_rate / 100 for one in constant] == pytest.approx([one.learning_rate for one in last], rel=1e-12)
+    fallen = [step.learning_rate / 100 for step in constant]
+    assert [step.learning_rate for step in last] == pytest.approx(fallen, rel=1e-12)
 
 
 def test_the_decay_follows_the_rate_of_a_batch(any_scene: Path, tmp_path: Path) -> None:

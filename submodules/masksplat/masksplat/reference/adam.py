@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adam (Kingma and Ba, 2015) as torch.optim.Adam computes it, without AMSGrad, and with a constant drift for a decay."""
+"""Adam (Kingma and Ba, 2015) as torch.optim.Adam computes it, without AMSGrad, and then a constant drift."""
 
 from __future__ import annotations
 
