@@ -35,10 +35,11 @@ LPIPS_KEYS = {"vgg": "LPIPS", "alex": "LPIPS_alex"}
 
 @dataclass(frozen=True, eq=False)
 class Measures:
-    """What is measured on each pair of images; `lpips` None leaves it out."""
+    """What is measured on each pair of images, and on which device; `lpips` None leaves it out."""
 
     lpips: Lpips | None = None
     lpips_key: str = "LPIPS"
+    device: torch.device | str = "cpu"
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -47,28 +48,31 @@ class Measures:
 
     def of(self, render: torch.Tensor, photo: torch.Tensor) -> dict[str, float]:
         """Return SSIM, PSNR (dB) and perhaps LPIPS of two (H, w, 3) uint8 images."""
+        render, photo = render.to(self.device), photo.to(self.device)
         values = {"SSIM": ssim(render, photo), "PSNR": psnr(render, photo)}
         if self.lpips is not None:
             values[self.lpips_key] = self.lpips(render, photo)
         return values
 
 
-def choose_measures(network: str, *, notify: Callable[[str], None] = print) -> Measures:
+def choose_measures(
+    network: str, *, device: torch.device | str = "cpu", notify: Callable[[str], None] = print
+) -> Measures:
     """Return the measures that `--lpips NETWORK` asks for; `notify` gets a sentence when "auto" has to leave LPIPS out.
 
     Raises:
         InputError: the network was asked for by name and its weights are not installed or damaged.
     """
     if network == "none":
-        return Measures()
+        return Measures(device=device)
     net = "vgg" if network == "auto" else network
     try:
-        return Measures(load_lpips(net), LPIPS_KEYS[net])
+        return Measures(load_lpips(net, device=device), LPIPS_KEYS[net], device)
     except WeightsMissingError as error:
         if network != "auto":
             raise InputError(f"--lpips {network} cannot be used. {error}") from error
         notify(str(error))
-        return Measures()
+        return Measures(device=device)
 
 
 def measure_model(
@@ -225,11 +229,17 @@ def main(arguments: Sequence[str]) -> int:
         return 2 if _measure_models(flags, ranks) else 0
 
 
+def _gpu_of(ranks: Communicator) -> torch.device:
+    """This process's GPU, which it may share; the CPU on a machine without one."""
+    count = torch.cuda.device_count()
+    return torch.device("cuda", ranks.local_rank % count) if count else torch.device("cpu")
+
+
 def _measure_models(flags: MetricsFlags, ranks: Communicator) -> int:
     """Measure one model after the other; return how many could not be measured. All ranks."""
     torch.set_num_threads(threads_per_rank(flags.threads, ranks))
     is_shown = ranks.is_main and not flags.quiet
-    measures = choose_measures(flags.lpips, notify=print if is_shown else _ignore)
+    measures = choose_measures(flags.lpips, device=_gpu_of(ranks), notify=print if is_shown else _ignore)
     failures = 0
     for model_path in flags.model_paths:
         try:

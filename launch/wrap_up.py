@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distributed.communicator import Communicator
 from launch.config import RenderConfig, RenderFlags, TrainConfig
-from launch.measure import Measures, choose_measures, measure_model, print_results
+from launch.measure import choose_measures, measure_model, print_results
 from launch.render_views import render_model
 from launch.report import write_report
 from launch.size_price import tell_price
@@ -31,7 +31,7 @@ def wrap_up(config: TrainConfig, ranks: Communicator, *, num_train: int, num_tes
     if is_full or config.logging.report:
         flags = RenderFlags(quiet=quiet) if is_full else _flags_for_report(num_train, num_test, quiet=quiet)
         render_model(RenderConfig(config.model, config.pipeline, flags), ranks)
-        measures = choose_measures("auto") if is_full and num_test else Measures()
+        measures = choose_measures("auto" if is_full and num_test else "none", device=ranks.device)
         mode, is_shown = "test" if num_test else "train", ranks.is_main and not quiet
         results = measure_model(model_path, mode, measures=measures, progress=is_shown, ranks=ranks)
         if is_shown:
