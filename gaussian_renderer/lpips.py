@@ -117,7 +117,8 @@ class Lpips:
                 f"LPIPS needs two images of one shape (H, w, 3) of at least 32 pixels a side, not {tuple(image.shape)} "
                 f"and {tuple(reference.shape)}"
             )
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # 10 bits of mantissa would show in the third digit
+        # TF32 has 10 bits of mantissa, which would show in the third digit.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             taps = zip(self._features(image), self._features(reference), self.heads, strict=True)
         return sum(float(((first - second).square() * head).sum(dim=0).mean()) for first, second, head in taps)
 
