@@ -110,6 +110,9 @@ def train_step(training: Training, recorder: Recorder, late: LateSteps, step: in
     """
     table, strategy, phases = training.table, training.strategy, training.phases
     window, seed = training.window(step), training.config.optimization.seed
+    again = late.make_way(window)
+    if again is not None:
+        return again
     with phases("photos"):
         batch = training.batch(step)
         training.number_rows()

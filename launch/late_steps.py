@@ -45,6 +45,18 @@ class LateSteps:
         self._watch = overflow_watch(training.body)
         self._pending: deque[_Pending] = deque()
 
+    def make_way(self, window: Window) -> int | None:
+        """Get ready for a step: one that looks at the table waits for all before it, and is complete when it returns.
+
+        Returns: the step to go back to when a buffer was too small.
+        """
+        if self._watch is None:
+            return None
+        looks = self._training.strategy.looks_at_rows(window)
+        again = self.settle() if looks else None
+        self._watch.defers = not looks or again is not None
+        return again
+
     def add(self, step: int, window: Window, result: StepResult, learned: Numbers) -> None:
         """A step was queued; its numbers start on their way to the host."""
         sources = [number.source for number in learned.values() if isinstance(number, LateNumber)]

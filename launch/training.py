@@ -222,7 +222,7 @@ def build_training(
         threads=threads_per_rank(config.pipeline.threads, communicator),
         has_masks=config.mask.prune_method == "mask",
     )
-    defer_steps(config, body)
+    defer_steps(body)
     pixels = pixel_shares(config, scene, batches, communicator, body)
     rows = row_shares(config, communicator)
     table = first_table(config, scene, communicator, checkpoint, show_progress=show_progress)
@@ -266,10 +266,10 @@ def choose_batches(config: TrainConfig, num_views: int, communicator: Communicat
     return ViewSampler(num_views, optimization.bsz, optimization.seed)
 
 
-def defer_steps(config: TrainConfig, body: Body) -> None:
+def defer_steps(body: Body) -> None:
     """Let the host queue steps ahead, where everything that a step changes heeds the body's status words."""
     watch = overflow_watch(body)
-    if watch is not None and config.mask.prune_method in ("mask", "3dgs"):
+    if watch is not None:
         watch.defers = True
 
 

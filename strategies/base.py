@@ -103,6 +103,14 @@ class Strategy(Protocol):
 
 
 @runtime_checkable
+class LooksAtRows(Protocol):
+    """A strategy with steps that cannot be queued before the ones in front of them are over."""
+
+    def looks_at_rows(self, window: Window) -> bool:
+        """Whether it measures, or decides on the host, by what the table holds in a step; a function of the step."""
+
+
+@runtime_checkable
 class Settling(Protocol):
     """A strategy whose factors are part of what is evaluated and saved while it learns them."""
 
@@ -136,6 +144,10 @@ class CombinedStrategy:
         """The edits of the first strategy, then those of the next, which sees the edited table."""
         for strategy in self.strategies:
             yield from strategy.after_step(table, window, seed)
+
+    def looks_at_rows(self, window: Window) -> bool:
+        """Whether one of the strategies does in this step; see `LooksAtRows`."""
+        return any(isinstance(each, LooksAtRows) and each.looks_at_rows(window) for each in self.strategies)
 
     def final_params(self, table: GaussianTable) -> dict[str, Tensor]:
         """The parameters of all rows that are evaluated and saved, by name."""

@@ -94,6 +94,10 @@ class CompactMask:
         """(N,) bool, True where the factor is 0."""
         return straight_through(mask_parameter(logits)).value == 0
 
+    def looks_at_rows(self, window: Window) -> bool:
+        """Always: sums over the masks are read in every step."""
+        return True
+
     def keep(self, table: GaussianTable) -> Tensor:
         """(N,) bool, the rows with factor 1; never none of all."""
         logits = table.params["mask_logits"]

@@ -139,6 +139,10 @@ class LearnedMask:
             return torch.ones_like(table.ids, dtype=torch.bool)
         return ~self._below_threshold(table)
 
+    def looks_at_rows(self, window: Window) -> bool:
+        """In the windows: scores are measured and the mean factor is read in each of their steps."""
+        return self._window_start(window) is not None or self._window_end(window) is not None
+
     def settled(self, table: GaussianTable) -> dict[str, Tensor]:
         """In a window, the opacities (and scales) that a prune would leave now; outside nothing."""
         return self._settled(table) if IMPORTANCE in table.statistics else {}

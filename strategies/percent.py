@@ -91,6 +91,10 @@ class ScorePruning:
             if window.contains(iteration):
                 yield self._prune(table, iteration, seed)
 
+    def looks_at_rows(self, window: Window) -> bool:
+        """In steps with a prune."""
+        return any(window.contains(iteration) for iteration in self._iterations)
+
     def keep(self, table: GaussianTable) -> Tensor:
         """(N,) bool, everything."""
         return torch.ones_like(table.ids, dtype=torch.bool)
