@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from masksplat.cuda.arena import bytes_of
 from masksplat.cuda.launcher import Argument, DeviceLauncher, Extent
 from masksplat.cuda.rasterization import Rasterizer
 from masksplat.cuda.tile_lists import TileLists
@@ -149,7 +150,8 @@ class Work:
         """Read from the device."""
         lists: TileLists = frame.state
         instances, splats = lists.totals()
-        counts = lists.kept.first_instances.view(torch.int32)[: splats + 1].diff()
+        firsts = bytes_of(lists.kept.memory, lists.kept.first_instances)
+        counts = firsts.view(torch.int32)[: splats + 1].diff()
         small = int(counts[counts <= FEW_TILES].sum())
         return cls(splats, instances, small, lists.buckets_in_use(), int(frame.pairs_per_row.sum()))
 

@@ -10,9 +10,9 @@ Letters: B views of the batch, W ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial, reduce
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -20,13 +20,11 @@ from torch import Tensor
 
 from distributed.communicator import Communicator
 from distributed.pixels import PixelPartition, Region, num_tile_rows
-from distributed.transfer import sent_to
 from masksplat.types import TILE
 
 NUM_LOSSES = 2
-ROWS, DRAWN, STOP = range(3)
-NUM_COUNTS = 3
-"""Whole numbers of a rank behind its losses: Gaussians, those whose mask is 1, 1 when a buffer was too small."""
+WORD, COUNT = 8, 4
+"""Bytes of a float64 or int64, and of an int32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +33,8 @@ class StepNumbers:
 
     l1, ssim: means over the views. num_pairs: pairs of pixel and splat that were evaluated, halos included.
     pairs: for each view, (tile rows,) int64 pairs in its own rows. owned: (B, W) int64 splats that each rank has of
-    each view. rows: (W,) Gaussians of each rank while the step was drawn.
+    each view. rows: (W,) Gaussians of each rank while the step was drawn. num_drawn: masks of all ranks that were 1.
+    has_overflow: whether a buffer of a body was too small, so that nothing was updated.
     """
 
     l1: float
@@ -43,6 +42,8 @@ class StepNumbers:
     num_pairs: int
     owned: np.ndarray
     rows: tuple[int, ...]
+    num_drawn: int
+    has_overflow: bool
     pairs_of_views: Callable[[], tuple[np.ndarray, ...]]
 
     @cached_property
@@ -64,16 +65,16 @@ class StepNumbers:
 class StepTotals:
     """What all ranks brought, on the device until it is read.
 
-    num_rows: this rank's Gaussians. num_drawn: () int64, masks of all ranks that are 1; None without masks.
-    values: of several ranks (W, n) int64, a row each: the bits of the two losses, then ROWS, DRAWN, STOP, the splats of
-    each view, the pairs of each row of tiles of each frame, and room up to the longest rank. Of one rank (n,) float64:
-    losses, splats, pairs.
+    values: (W, n) uint8, of each rank the bytes of what `_sizes` lists, and room up to the longest. num_rows: this
+    rank's Gaussians. num_drawn: () int64, masks of all ranks that are 1; None without masks. status_bytes: of the
+    body's status words; 0 without any.
     """
 
     partition: PixelPartition
     values: Tensor
     num_rows: int
     num_drawn: Tensor | None = None
+    status_bytes: int = 0
 
     @classmethod
     def share(
@@ -81,7 +82,7 @@ class StepTotals:
         communicator: Communicator,
         partition: PixelPartition,
         *,
-        loss: Tensor,
+        losses: Sequence[Tensor],
         pairs: Sequence[Tensor],
         num_splats: Tensor,
         num_rows: int,
@@ -90,68 +91,85 @@ class StepTotals:
     ) -> StepTotals:
         """Gather them from all ranks, before anything is updated. All ranks call it; no host sync.
 
-        Args: loss: (2,) float64, L1 and SSIM summed over this rank's regions; pairs: `Frame.pairs_per_row` of each of
-        them; num_splats: (B,) packed splats of this rank in each view, on the host or on the device; num_rows: its
-        Gaussians; num_drawn: () int64, those whose mask is 1; status: the body's status words, of which the first gets
-        the largest of all ranks.
+        Args: all on one device. losses: (2,) float64 for each of this rank's regions, L1 and SSIM; pairs:
+        `Frame.pairs_per_row` of each; num_splats: (B,) int32 packed splats of this rank in each view; num_rows: its
+        Gaussians; num_drawn: () int64, those whose mask is 1; status: (8,) int32, the body's status words, of which the
+        first gets the largest of all ranks.
         """
-        if communicator.size == 1:  # few operations for a GPU's host
-            return cls(partition, torch.cat([loss, num_splats.to(loss.device), *pairs]), num_rows, num_drawn)
-        lengths = [sum(_frame_rows(region, partition) for region in mine) for mine in partition.regions]
-        counts = num_splats if num_splats.device == loss.device else sent_to(num_splats, loss.device)
-        nothing = counts.new_zeros(1, dtype=torch.int64)
-        parts = [
-            loss.view(torch.int64),
-            counts.new_full((1,), num_rows, dtype=torch.int64),
-            num_drawn.view(1) if num_drawn is not None else nothing,
-            status[:1].to(torch.int64) if status is not None else nothing,
-            counts.to(torch.int64),
-            *pairs,
-        ]
-        num_header = NUM_LOSSES + NUM_COUNTS + len(partition.heights)
-        own = nothing.new_empty(num_header + max(lengths))
-        torch.cat(parts, out=own[: num_header + lengths[communicator.rank]])
+        found = cls(partition, num_splats, num_rows, num_drawn, status.numel() * COUNT if status is not None else 0)
+        optional = [part for part in (num_drawn, status) if part is not None]
+        parts = [_bytes(part) for part in (*optional, *losses, *pairs, num_splats)]
+        if communicator.size == 1:  # few operations for a GPU's host, which knows how many rows there are
+            return replace(found, values=torch.cat(parts)[None])
+        parts.insert(0, _bytes(num_splats.new_full((1,), num_rows, dtype=torch.int64)))
+        lengths = [sum(found._sizes(rank)) for rank in range(communicator.size)]
+        own = parts[0].new_empty(-(-max(lengths) // WORD) * WORD)
+        torch.cat(parts, out=own[: lengths[communicator.rank]])
         values = communicator.gather(own)  # all ranks
+        behind_drawn = WORD if num_drawn is None else 2 * WORD
         if status is not None:
-            status[:1].copy_(values[:, NUM_LOSSES + STOP].amax())
-        all_drawn = values[:, NUM_LOSSES + DRAWN].sum() if num_drawn is not None else None
-        return cls(partition, values, num_rows, all_drawn)
+            stops = values[:, behind_drawn : behind_drawn + COUNT].view(torch.int32)
+            status[:1].copy_(stops.amax())
+        all_drawn = None if num_drawn is None else values[:, WORD:behind_drawn].view(torch.int64).sum()
+        return replace(found, values=values, num_drawn=all_drawn)
+
+    def _sizes(self, rank: int) -> tuple[int, ...]:
+        """Bytes of what a rank brings, in this order: its Gaussians, its masks that are 1, its status words, the two
+        losses of each region, the pairs of each row of tiles of each frame, the splats of each view."""
+        mine, heights = self.partition.regions[rank], self.partition.heights
+        return (
+            WORD if self.partition.num_ranks > 1 else 0,
+            WORD if self.num_drawn is not None else 0,
+            self.status_bytes,
+            NUM_LOSSES * WORD * len(mine),
+            WORD * sum(_frame_rows(region, heights[region.view]) for region in mine),
+            COUNT * len(heights),
+        )
 
     def numbers(self, fetched: Tensor) -> StepNumbers:
         """The numbers in `fetched`, what `values` holds, on the host."""
-        values, num_views, num_ranks = fetched.numpy(), len(self.partition.heights), self.partition.num_ranks
-        if num_ranks == 1:
-            losses, counts = values[:NUM_LOSSES], values[NUM_LOSSES:].astype(np.int64)
-            rows, owned, drawn = (self.num_rows,), counts[None, :num_views], counts[num_views:]
-        else:
-            losses = reduce(np.add, values[:, :NUM_LOSSES].copy().view(np.float64))  # in the order of the ranks
-            counts = values[:, NUM_LOSSES + NUM_COUNTS :]
-            rows, owned = tuple(values[:, NUM_LOSSES + ROWS].tolist()), counts[:, :num_views]
-            lengths = [sum(_frame_rows(region, self.partition) for region in mine) for mine in self.partition.regions]
-            found = [counts[rank, num_views : num_views + length] for rank, length in enumerate(lengths)]
-            drawn = np.concatenate(found)
+        num_views, nothing = len(self.partition.heights), np.zeros(NUM_LOSSES)
+        rows, drawn, stops, losses, pairs, owned = [], [], [], [], [], []
+        for rank, row in enumerate(fetched.numpy()):
+            bounds = [0, *accumulate(self._sizes(rank))]
+            cut = [row[start:stop] for start, stop in pairwise(bounds)]
+            rows.append(int(cut[0].view(np.int64)[0]) if len(cut[0]) else self.num_rows)
+            drawn.append(int(cut[1].view(np.int64)[0]) if len(cut[1]) else 0)
+            stops.append(bool(cut[2].view(np.int32)[:1].any()))
+            losses.append(reduce(np.add, cut[3].view(np.float64).reshape(-1, NUM_LOSSES), nothing))
+            pairs.append(cut[4].view(np.int64))
+            owned.append(cut[5].view(np.int32))
+        l1, ssim = reduce(np.add, losses).tolist()  # in the order of regions and ranks
         return StepNumbers(
-            l1=float(losses[0]) / num_views,
-            ssim=float(losses[1]) / num_views,
-            num_pairs=int(drawn.sum()),
-            owned=owned.T.copy(),
-            rows=rows,
-            pairs_of_views=partial(self._pairs_of_views, drawn),
+            l1=l1 / num_views,
+            ssim=ssim / num_views,
+            num_pairs=sum(int(each.sum()) for each in pairs),
+            owned=np.stack(owned, axis=1).astype(np.int64),
+            rows=tuple(rows),
+            num_drawn=sum(drawn),
+            has_overflow=any(stops),
+            pairs_of_views=partial(self._pairs_of_views, pairs),
         )
 
-    def _pairs_of_views(self, drawn: np.ndarray) -> tuple[np.ndarray, ...]:
-        """(tile rows,) of each view, from the rows of tiles of all frames, halos included."""
+    def _pairs_of_views(self, pairs: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+        """(tile rows,) of each view, from the rows of tiles of the frames of each rank, halos included."""
         heights = self.partition.heights
         found = tuple(np.zeros(num_tile_rows(height), np.int64) for height in heights)
-        regions = [region for mine in self.partition.regions for region in mine]
-        ends = list(accumulate(_frame_rows(region, self.partition) for region in regions))
-        for region, start, stop in zip(regions, [0, *ends], ends, strict=False):
-            own = region.own_pairs(drawn[start:stop], heights[region.view])
-            found[region.view][region.tile_start : region.tile_stop] = own
+        for mine, drawn in zip(self.partition.regions, pairs, strict=True):
+            first = 0
+            for region in mine:
+                height = heights[region.view]
+                last = first + _frame_rows(region, height)
+                found[region.view][region.tile_start : region.tile_stop] = region.own_pairs(drawn[first:last], height)
+                first = last
         return found
 
 
-def _frame_rows(region: Region, partition: PixelPartition) -> int:
-    """Rows of tiles of the region's frame: they begin at its first drawn row of pixels."""
-    first, last = region.drawn_rows(partition.heights[region.view])
+def _bytes(values: Tensor) -> Tensor:
+    return values.reshape(-1).view(torch.uint8)
+
+
+def _frame_rows(region: Region, height: int) -> int:
+    """Rows of tiles of the region's frame in a view of that height: they begin at its first drawn row of pixels."""
+    first, last = region.drawn_rows(height)
     return -(-(last - first) // TILE)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from distributed.exchange import ExchangePlan, ExchangeRecord
 from distributed.numbering import OrderNumbers
 from distributed.pixels import PixelPartition, Region
 from distributed.totals import StepTotals
+from distributed.transfer import sent_to
 from gaussian_renderer.gate import GateOfStep, gated
 from gaussian_renderer.phases import PhaseTimer
 from gaussian_renderer.views import KERNEL_ATTRIBUTES, gaussians_of
@@ -109,9 +109,9 @@ def draw_and_update(
         totals = StepTotals.share(  # which stops all ranks before they update, if need be
             tools.communicator,
             batch.partition,
-            loss=drawn.loss,
+            losses=drawn.losses,
             pairs=drawn.pairs,
-            num_splats=splats.view_offsets.diff() if splats.counts is None else splats.counts,
+            num_splats=_num_splats(splats),
             num_rows=len(table),
             num_drawn=gate.num_drawn if gate is not None else None,
             status=tools.status,
@@ -132,9 +132,9 @@ def draw_and_update(
 
 @dataclass(frozen=True)
 class _Drawn:
-    """loss: (2,) float64 sums of L1 and SSIM; pairs: of each region; d_received: (R, 10)."""
+    """losses: (2,) float64, L1 and SSIM, and pairs of each region; d_received: (R, 10)."""
 
-    loss: Tensor
+    losses: Sequence[Tensor]
     pairs: Sequence[Tensor]
     d_received: Tensor
 
@@ -151,12 +151,18 @@ def _draw_regions(tools: StepTools, received: Splats, batch: Batch, lambda_dssim
             frame = body.rasterize(received, number, size, background, rows=region.drawn_rows(size[1]))
         with phases("loss"):
             part = _compare(body, frame.rgb, photo, region, size[1], lambda_dssim)
-            losses.append(torch.stack([part.l1, part.ssim]))
+            losses.append(part.terms)
         with phases("rasterize backward"):
             body.rasterize_backward(received, frame, part.d_rgb, d_received, overwrite=True)
         pairs.append(frame.pairs_per_row)
-    nothing = [] if losses else [torch.zeros(2, dtype=torch.float64, device=d_received.device)]
-    return _Drawn(reduce(torch.add, losses + nothing), pairs, d_received)
+    return _Drawn(losses, pairs, d_received)
+
+
+def _num_splats(splats: Splats) -> Tensor:
+    """(B,) int32 packed splats of each view, where they are."""
+    if splats.counts is not None:
+        return splats.counts
+    return sent_to(splats.view_offsets.diff().to(torch.int32), splats.rows.device)
 
 
 def _compare(

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from distributed.exchange import ExchangeRecord
-from distributed.totals import StepTotals
+from distributed.totals import StepNumbers, StepTotals
 from distributed.transfer import Fetched
 from gaussian_renderer.step import StepResult
 from launch.bodies import OverflowWatch, overflow_watch
@@ -26,7 +27,7 @@ from strategies.schedule import Window
 
 @dataclass(frozen=True, eq=False)
 class _Pending:
-    """A step that was queued. fetched: the totals, the body's status if it has one, and the late numbers' sources."""
+    """A step that was queued. fetched: the totals, and the late numbers' sources that are not among them."""
 
     step: int
     window: Window
@@ -59,9 +60,7 @@ class LateSteps:
 
     def add(self, step: int, window: Window, result: StepResult, learned: Numbers) -> None:
         """A step was queued; its numbers start on their way to the host."""
-        sources = [number.source for number in learned.values() if isinstance(number, LateNumber)]
-        status = [self._watch.status] if self._watch is not None else []
-        fetched = Fetched.start([result.totals.values, *status, *sources])
+        fetched = Fetched.start([result.totals.values, *_other_sources(learned, result.totals)])
         self._pending.append(_Pending(step, window, result.exchanged, result.totals, learned, fetched))
 
     def keep_up(self) -> int | None:
@@ -75,10 +74,11 @@ class LateSteps:
     def _read(self, leave: int) -> int | None:
         while len(self._pending) > leave:
             pending = self._pending.popleft()
-            values, *more = pending.fetched.wait()
-            if self._watch is not None and int(more.pop(0)[0]) != 0:
+            values, *others = pending.fetched.wait()
+            numbers = pending.totals.numbers(values)
+            if numbers.has_overflow and self._watch is not None:
                 return self._go_back(pending.step, self._watch)
-            self._finish(pending, values, more)
+            self._finish(pending, numbers, others)
         return None
 
     def _go_back(self, step: int, watch: OverflowWatch) -> int:
@@ -89,24 +89,32 @@ class LateSteps:
             watch.recover()  # host sync
         return step
 
-    def _finish(self, pending: _Pending, values: Tensor, late: list[Tensor]) -> None:
+    def _finish(self, pending: _Pending, numbers: StepNumbers, others: Sequence[Tensor]) -> None:
         """Learn costs, check the loss, write the logs."""
         training = self._training
-        numbers = pending.totals.numbers(values)
         training.pixels.observe(pending.step, numbers)
-        learned = _known(pending.learned, late)
+        learned = _known(pending, numbers, others)
         loss = numbers.image_loss(training.config.optimization.lambda_dssim) + learned.get("mask_loss", 0.0)
         require_finite(loss, pending.window)
         self._recorder.after_update(pending.window, Seen(pending.step, numbers, pending.exchanged, learned, loss))
 
 
-def _known(learned: Numbers, late: list[Tensor]) -> dict[str, float]:
-    """Every number as a float; `late` has what the sources held, in their order."""
-    arrived = iter(late)
-    return {
-        name: number.formula(float(next(arrived))) if isinstance(number, LateNumber) else number
-        for name, number in learned.items()
-    }
+def _other_sources(learned: Numbers, totals: StepTotals) -> list[Tensor]:
+    """What late numbers are made from and `totals` do not bring: how many masks are 1 is in there."""
+    late = [number.source for number in learned.values() if isinstance(number, LateNumber)]
+    return [source for source in late if source is not totals.num_drawn]
+
+
+def _known(pending: _Pending, numbers: StepNumbers, others: Sequence[Tensor]) -> dict[str, float]:
+    """Every number as a float; `others` has what `_other_sources` held."""
+    arrived, learned = iter(others), {}
+    for name, number in pending.learned.items():
+        if isinstance(number, LateNumber):
+            is_total = number.source is pending.totals.num_drawn
+            learned[name] = number.formula(float(numbers.num_drawn if is_total else next(arrived)))
+        else:
+            learned[name] = number
+    return learned
 
 
 def require_finite(loss: float, window: Window) -> None:

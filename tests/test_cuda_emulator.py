@@ -268,7 +268,8 @@ def test_shared_memory_is_never_zero_by_luck(strict: Launcher) -> None:
 
 WRONG = [
     ((np.int64(1),), "give int32, not int64"),
-    ((3,), "give int32, not int"),
+    ((3.0,), "give int32, not float"),
+    ((True,), "give int32, not bool"),
 ]
 
 

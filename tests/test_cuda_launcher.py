@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import ctypes
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,9 @@ import torch
 
 from cuda_emulator.launcher import EmulatedLauncher
 from masksplat.cuda import launcher as module
+from masksplat.cuda.arena import Piece
 from masksplat.cuda.compiler import CudaUnavailableError
-from masksplat.cuda.launcher import DeviceLauncher, Launcher
+from masksplat.cuda.launcher import DeviceLauncher, Launcher, Packer
 
 CPU_INDEX = -1
 """What a CPU tensor answers to get_device(): the stand-in's device has this index, so that CPU tensors are on it."""
@@ -37,32 +39,50 @@ extern "C" __global__ void wide(int* values) {
 """
 
 
+PLACES = {"fill": ((0, 8), (8, 8), (16, 4), (20, 4)), "wide": ((0, 8),)}
+"""Offset and size of each parameter, as the driver tells."""
+
+
 class FakeCore(SimpleNamespace):
-    """cuda.core's names that the launcher uses; records launches, streams and loaded modules."""
+    """cuda.core's names that the launcher uses; records loaded modules and which device was made the current one."""
 
     def __init__(self) -> None:
-        super().__init__(LEGACY_DEFAULT_STREAM="default stream", launches=[], borrowed=[], loaded=[], current=[])
-        self.Stream = SimpleNamespace(from_handle=self.borrow)
+        super().__init__(loaded=[], current=[])
         self.ObjectCode = SimpleNamespace(from_cubin=self.open)
         self.Device = lambda index: SimpleNamespace(set_current=lambda: self.current.append(index))
 
-    def LaunchConfig(self, **values: Any) -> dict[str, Any]:
-        return values
-
-    def launch(self, stream: str, config: dict[str, Any], kernel: Any, *values: Any) -> None:
-        self.launches.append((stream, config, kernel.name, values))
-
-    def borrow(self, handle: int) -> str:
-        self.borrowed.append(handle)
-        return f"stream {handle}"
-
     def open(self, cubin: bytes, *, name: str) -> Any:
         self.loaded.append(name)
-        counts = {"fill": 4, "wide": 1}
-        return SimpleNamespace(
-            code=cubin,
-            get_kernel=lambda kernel: SimpleNamespace(name=kernel, num_arguments=counts[kernel], handle=kernel),
-        )
+
+        def get_kernel(kernel: str) -> SimpleNamespace:
+            places = [SimpleNamespace(offset=offset, size=size) for offset, size in PLACES[kernel]]
+            return SimpleNamespace(arguments_info=places, handle=kernel)
+
+        return SimpleNamespace(code=cubin, get_kernel=get_kernel)
+
+
+class FakeDriver(SimpleNamespace):
+    """The driver's functions that the launcher calls; records what they were given."""
+
+    def __init__(self) -> None:
+        attributes = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
+        super().__init__(launches=[], granted=[], CUfunction_attribute=attributes, CUdevice=int)
+        self.CUresult = SimpleNamespace(CUDA_SUCCESS=0)
+        self.answer = 0
+
+    def cuLaunchKernel(self, kernel: str, *numbers: int) -> tuple[int]:
+        *extents, shared_bytes, stream, pointers, extra = numbers
+        assert pointers == 0
+        pointer, buffer, length, size, end = (ctypes.c_uint64 * 5).from_address(extra)
+        assert (pointer, length, end) == (1, 2, 0)  # CU_LAUNCH_PARAM_BUFFER_POINTER, _BUFFER_SIZE, _END
+        packed = ctypes.string_at(buffer, ctypes.c_size_t.from_address(size).value)
+        self.launches.append((kernel, tuple(extents), shared_bytes, stream, packed))
+        return (self.answer,)
+
+    def cuKernelSetAttribute(self, attribute: str, size: int, kernel: str, index: int) -> tuple[int]:
+        assert (attribute, kernel, index) == ("shared", "wide", CPU_INDEX)
+        self.granted.append(size)
+        return (0 if size <= 200_000 else 1,)
 
 
 @pytest.fixture
@@ -97,7 +117,14 @@ def core(monkeypatch: pytest.MonkeyPatch) -> FakeCore:
 
 
 @pytest.fixture
-def device(folder: Path, core: FakeCore, torch_state: SimpleNamespace) -> DeviceLauncher:
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    fake = FakeDriver()
+    monkeypatch.setattr(module, "_load_driver", lambda: fake)
+    return fake
+
+
+@pytest.fixture
+def device(folder: Path, core: FakeCore, driver: FakeDriver, torch_state: SimpleNamespace) -> DeviceLauncher:
     return DeviceLauncher("cuda", cache=folder / "cache", sources=folder)
 
 
@@ -105,13 +132,33 @@ def arguments(value: int = 3) -> tuple[torch.Tensor, None, np.int32, np.float32]
     return torch.zeros(64, dtype=torch.int32), None, np.int32(value), np.float32(0.5)
 
 
-def test_what_reaches_the_driver(device: DeviceLauncher, core: FakeCore) -> None:
+def test_what_reaches_the_driver(device: DeviceLauncher, driver: FakeDriver) -> None:
     given = arguments()
     device("probe.fill", (2, 1), 32, *given, shared_bytes=16)
-    ((stream, config, name, values),) = core.launches
-    assert (stream, name) == ("default stream", "fill")
-    assert config == {"grid": (2, 1), "block": 32, "shmem_size": 16}
-    assert values == (given[0].data_ptr(), 0, np.int32(3), np.float32(0.5))
+    ((kernel, extents, shared_bytes, stream, packed),) = driver.launches
+    assert (kernel, extents, shared_bytes, stream) == ("fill", (2, 1, 1, 32, 1, 1), 16, 0)
+    assert packed == struct.pack("=QQif", given[0].data_ptr(), 0, 3, 0.5)
+
+
+def test_plain_numbers_and_pieces_do_as_well(device: DeviceLauncher, driver: FakeDriver) -> None:
+    device("probe.fill", 1, (8, 2, 2), Piece(1 << 40, 64), None, -3, 0.5)
+    device("probe.fill", 1, (8, 2, 2), Piece(1 << 41, 64), Piece(1 << 42, 8), np.int32(4), np.float32(0.25))
+    packed = [launch[-1] for launch in driver.launches]
+    assert packed == [struct.pack("=QQif", 1 << 40, 0, -3, 0.5), struct.pack("=QQif", 1 << 41, 1 << 42, 4, 0.25)]
+    assert driver.launches[0][1] == (1, 1, 1, 8, 2, 2)
+
+
+def test_arguments_lie_where_the_kernel_expects_them() -> None:
+    packer = Packer("apart", ((0, 4), (8, 8), (16, 4)), (np.uint32(1), None, 2.0))
+    packer.pack([np.uint32(7), 1 << 40, 0.5])
+    buffer, size = (ctypes.c_uint64 * 4).from_address(packer.extra)[1::2]
+    assert ctypes.string_at(buffer, ctypes.c_size_t.from_address(size).value) == struct.pack("=I4xQf", 7, 1 << 40, 0.5)
+
+
+def test_a_launch_that_the_driver_refuses(device: DeviceLauncher, driver: FakeDriver) -> None:
+    driver.answer = 701
+    with pytest.raises(RuntimeError, match="probe.fill on 9 blocks of 32 threads was not started: 701"):
+        device("probe.fill", 9, 32, *arguments())
 
 
 def test_a_file_is_compiled_and_loaded_once(device: DeviceLauncher, core: FakeCore, folder: Path) -> None:
@@ -121,26 +168,16 @@ def test_a_file_is_compiled_and_loaded_once(device: DeviceLauncher, core: FakeCo
     assert core.loaded == ["probe"] and len(list((folder / "cache").iterdir())) == 1
 
 
-def test_launch_shapes_are_remembered_up_to_a_bound(device: DeviceLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_CONFIGS", 10)
-    for grid in [*range(1, 26), *range(1, 26)]:
-        device("probe.fill", grid, 32, *arguments())
-        assert 1 <= len(device._configs) <= 10
-        assert device._configs[grid, 32, 0] == {"grid": grid, "block": 32, "shmem_size": 0}
-
-
 def test_the_current_stream_is_taken_at_each_launch(
-    device: DeviceLauncher, core: FakeCore, torch_state: SimpleNamespace
+    device: DeviceLauncher, driver: FakeDriver, torch_state: SimpleNamespace
 ) -> None:
     for torch_state.stream in (0, 77, 77, 0, 88):
         device("probe.fill", 1, 32, *arguments())
-    streams = [launch[0] for launch in core.launches]
-    assert streams == ["default stream", "stream 77", "stream 77", "default stream", "stream 88"]
-    assert core.borrowed == [77, 88]
+    assert [launch[3] for launch in driver.launches] == [0, 77, 77, 0, 88]
 
 
 def test_another_current_device_is_put_back(
-    device: DeviceLauncher, core: FakeCore, torch_state: SimpleNamespace
+    device: DeviceLauncher, core: FakeCore, driver: FakeDriver, torch_state: SimpleNamespace
 ) -> None:
     device("probe.fill", 1, 32, *arguments())
     core.current.clear()
@@ -148,38 +185,30 @@ def test_another_current_device_is_put_back(
     assert core.current == []
     torch_state.device = 5
     device("probe.fill", 1, 32, *arguments())
-    assert core.current == [CPU_INDEX] and torch_state.device == 5 and len(core.launches) == 3
+    assert core.current == [CPU_INDEX] and torch_state.device == 5 and len(driver.launches) == 3
 
 
-def test_a_new_thread_is_made_ready(device: DeviceLauncher, core: FakeCore) -> None:
+def test_a_new_thread_is_made_ready(device: DeviceLauncher, core: FakeCore, driver: FakeDriver) -> None:
     device("probe.fill", 1, 32, *arguments())
-    core.current.clear()
-    thread = threading.Thread(target=lambda: device("probe.fill", 1, 32, *arguments()))
-    thread.start()
-    thread.join()
-    assert core.current == [CPU_INDEX]
+    for _ in range(2):  # the second thread may get the number of the first
+        core.current.clear()
+        thread = threading.Thread(target=lambda: device("probe.fill", 1, 32, *arguments()))
+        thread.start()
+        thread.join()
+        assert core.current == [CPU_INDEX]
+    assert len(driver.launches) == 3
 
 
-def test_an_empty_grid_starts_nothing(device: DeviceLauncher, core: FakeCore) -> None:
+def test_an_empty_grid_starts_nothing(device: DeviceLauncher, driver: FakeDriver) -> None:
     device("probe.fill", 0, 32, *arguments())
     device("probe.fill", (4, 0), 32, *arguments())
-    assert core.launches == []
+    assert driver.launches == []
 
 
-def test_shared_memory_beyond_48_kib_is_asked_for_once(device: DeviceLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
-    granted: list[int] = []
-
-    def set_attribute(attribute: str, size: int, kernel: str, index: int) -> tuple[int]:
-        assert (attribute, kernel, index) == ("shared", "wide", CPU_INDEX)
-        granted.append(size)
-        return (0 if size <= 200_000 else 1,)
-
-    names = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
-    driver = SimpleNamespace(CUfunction_attribute=names, CUdevice=int, cuKernelSetAttribute=set_attribute)
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+def test_shared_memory_beyond_48_kib_is_asked_for_once(device: DeviceLauncher, driver: FakeDriver) -> None:
     for size in (1024, 48 * 1024, 100_000, 60_000, 100_000, 120_000):
         device("probe.wide", 1, 32, arguments()[0], shared_bytes=size)
-    assert granted == [100_000, 120_000]
+    assert driver.granted == [100_000, 120_000]
     with pytest.raises(CudaUnavailableError, match="probe.wide asks for 250000 bytes"):
         device("probe.wide", 1, 32, arguments()[0], shared_bytes=250_000)
 
@@ -188,15 +217,32 @@ def test_shared_memory_beyond_48_kib_is_asked_for_once(device: DeviceLauncher, m
     ("position", "wrong", "message"),
     [
         (0, torch.zeros(8, 8, dtype=torch.int32).t(), r"shape \(8, 8\) on cpu with strides \(1, 8\)"),
-        (2, 3, "3 is neither a tensor nor None nor a numpy scalar"),
+        (2, "3", "takes 4 bytes where it was given '3'"),
+        (2, np.int64(3), r"takes 4 bytes where it was given (np.int64\()?3"),
+        (2, None, "takes 4 bytes where it was given None"),
+        (0, 3.0, "takes 8 bytes where it was given 3.0"),
     ],
 )
-def test_wrong_arguments(device: DeviceLauncher, core: FakeCore, position: int, wrong: object, message: str) -> None:
+def test_wrong_arguments(
+    device: DeviceLauncher, driver: FakeDriver, position: int, wrong: object, message: str
+) -> None:
     given: list[Any] = list(arguments())
     given[position] = wrong
     with pytest.raises(ValueError, match=message):
         device("probe.fill", 1, 32, *given)
-    assert core.launches == []
+    assert driver.launches == []
+
+
+@pytest.mark.parametrize("wrong", [(2, 1 << 31), (2, 0.5), (3, 1e39), (3, "x"), (1, -1)])
+def test_arguments_that_do_not_fit_the_first_launch(
+    device: DeviceLauncher, driver: FakeDriver, wrong: tuple[int, object]
+) -> None:
+    device("probe.fill", 1, 32, *arguments())
+    given: list[Any] = list(arguments())
+    given[wrong[0]] = wrong[1]
+    with pytest.raises(ValueError, match="probe.fill was given"):
+        device("probe.fill", 1, 32, *given)
+    assert len(driver.launches) == 1
 
 
 def test_a_tensor_on_another_device(device: DeviceLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,12 +275,14 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         DeviceLauncher(2)
 
 
-def test_emulator_and_stand_in_take_the_same_call(folder: Path, device: DeviceLauncher, core: FakeCore) -> None:
-    given = arguments(7)
+def test_emulator_and_stand_in_take_the_same_call(folder: Path, device: DeviceLauncher, driver: FakeDriver) -> None:
+    values = torch.zeros(64, dtype=torch.int32)
+    piece = Piece(values.data_ptr(), 4 * len(values))
     for launcher in (EmulatedLauncher(folder), device):
         taken: Launcher = launcher
-        taken("probe.fill", 2, 32, *given)
-    assert given[0].tolist() == [7] * 64 and len(core.launches) == 1
+        taken("probe.fill", 2, 32, values, None, np.int32(6), np.float32(0.5))
+        taken("probe.fill", 1, 32, piece, None, 7, 0.5)
+    assert values.tolist() == [7] * 32 + [6] * 32 and len(driver.launches) == 2
 
 
 @pytest.mark.gpu

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from cuda_launchers import launchers, make_launcher
 from kernel_scenes import random_scene, settings_for
+from masksplat.cuda.arena import Piece, bytes_of
 from masksplat.cuda.capacity import Capacity
 from masksplat.cuda.launcher import Launcher
 from masksplat.cuda.rasterization import Rasterizer
-from masksplat.cuda.tile_lists import view_rows
+from masksplat.cuda.tile_lists import Kept, Zeros, view_rows
 from masksplat.ops import get_body
 from masksplat.types import ROW_COLUMNS, TILE, Frame, Splats
 
@@ -53,6 +54,11 @@ def moved(splats: Splats, *, dtype: torch.dtype = torch.float32, device: torch.d
         ids=splats.ids.to(device),
         boxes=splats.boxes.to(device),
     )
+
+
+def words(cut: Kept | Zeros, piece: Piece) -> Tensor:
+    """A piece of what a frame holds as int32 on the CPU."""
+    return bytes_of(cut.memory, piece).cpu().view(torch.int32)
 
 
 def loss_gradients(size, rows) -> tuple[Tensor, Tensor]:
@@ -198,14 +204,13 @@ def test_lists_with_splats_of_many_parts(launcher, size):
     there = moved(splats, device=launcher.device)
     frame = Rasterizer(launcher).rasterize(there, 0, size, BACKGROUND.to(launcher.device))
     kept, (made, in_use), tiles = frame.state.kept, frame.state.totals(), frame.state.region.num_tiles
-    rows, instances = (each.cpu().view(torch.int32)[:made].long() for each in (kept.rows, kept.instances))
-    tile_of = torch.repeat_interleave(
-        torch.arange(tiles), frame.state.zeros.ranges.cpu().view(torch.int32)[: 2 * tiles].view(-1, 2).diff()[:, 0]
-    )
+    rows, instances = (words(kept, piece)[:made].long() for piece in (kept.rows, kept.instances))
+    ranges = words(frame.state.zeros, frame.state.zeros.ranges)[: 2 * tiles].view(-1, 2)
+    tile_of = torch.repeat_interleave(torch.arange(tiles), ranges.diff()[:, 0])
     assert in_use == number and len(tile_of) == made and torch.equal(instances.sort().values, torch.arange(made))
     found = list(zip(tile_of.tolist(), splats.depths[rows].tolist(), splats.ids[rows].tolist(), strict=True))
     assert found == sorted(found)
-    firsts = kept.first_instances.cpu().view(torch.int32)[: number + 1].long()
+    firsts = words(kept, kept.first_instances)[: number + 1].long()
     assert torch.equal(torch.searchsorted(firsts, instances, right=True) - 1, rows)
     by_number = instances.argsort()
     neighbours = rows[by_number].diff() == 0

@@ -33,12 +33,14 @@ def totals_of(world: Communicator, **on_device: torch.Tensor) -> StepTotals:
     for region in partition.regions[world.rank]:
         first, last = region.drawn_rows(HEIGHTS[region.view])
         pairs.append(torch.tensor([100 * (min(start + 16, last) - start) for start in range(first, last, 16)]))
+    others = len(pairs) - 1
+    losses = [[0.3 * (world.rank + 1), -0.6 - 0.1 * others], *[[0.0, 0.1]] * others]
     return StepTotals.share(
         world,
         partition,
-        loss=torch.tensor([0.3 * (world.rank + 1), -0.6], dtype=torch.float64),
+        losses=[torch.tensor(each, dtype=torch.float64) for each in losses],
         pairs=pairs,
-        num_splats=torch.tensor([world.rank, 10, 100 * world.rank]),
+        num_splats=torch.tensor([world.rank, 10, 100 * world.rank], dtype=torch.int32),
         num_rows=7 + world.rank,
         **on_device,
     )

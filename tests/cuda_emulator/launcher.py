@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from cuda_emulator.build import EmulationError, Kernel, Parameter, build
+from masksplat.cuda.arena import Piece
 from masksplat.cuda.compiler import SOURCE_FOLDER
+from masksplat.cuda.launcher import Argument
 
 SCALARS = {
     "int": np.int32,
@@ -25,6 +27,9 @@ SCALARS = {
     "float": np.float32,
     "double": np.float64,
 }
+PLAIN = {"int": int, "long long": int, "float": float, "double": float}
+"""Plain numbers that may stand for scalars; np.array refuses an int that is too large."""
+
 INTEGERS_32 = (torch.int32, torch.uint32)
 INTEGERS_64 = (torch.int64, torch.uint64)
 POINTERS = {
@@ -103,7 +108,7 @@ class EmulatedLauncher:
         kernel: str,
         grid: int | tuple[int, ...],
         block: int | tuple[int, ...],
-        *arguments: Tensor | np.generic | None,
+        *arguments: Argument,
         shared_bytes: int = 0,
     ) -> None:
         path, library, found = self._load(kernel)
@@ -169,17 +174,20 @@ def _check_extents(kernel: str, launch: Launch, found: Kernel) -> None:
         raise ValueError(f"{kernel}: {launch.shared_bytes} bytes of shared memory; at most {MAX_SHARED_BYTES} exist")
 
 
-def _slot(where: str, parameter: Parameter, argument: Tensor | np.generic | None) -> Slot:
+def _slot(where: str, parameter: Parameter, argument: Argument) -> Slot:
     if not parameter.is_pointer:
         wanted = SCALARS[parameter.type]
-        if type(argument) is not wanted:
+        plain = PLAIN.get(parameter.type)
+        if type(argument) not in (wanted, plain):
             raise ValueError(f"{where} is {parameter.type}: give {wanted.__name__}, not {type(argument).__name__}")
-        return Slot(int.from_bytes(argument.tobytes(), "little"), 0, 0)
+        return Slot(int.from_bytes(np.array(argument, wanted).tobytes(), "little"), 0, 0)
     kind = 1 if parameter.is_const else 2
     if argument is None:
         return Slot(0, 0, kind)
+    if isinstance(argument, Piece):
+        return Slot(argument.address, argument.size, kind)
     if not isinstance(argument, Tensor):
-        raise ValueError(f"{where} is a pointer: give a tensor or None, not {type(argument).__name__}")
+        raise ValueError(f"{where} is a pointer: give a tensor, a piece or None, not {type(argument).__name__}")
     if argument.device.type != "cpu" or not argument.is_contiguous():
         raise ValueError(f"{where}: kernels take contiguous tensors on cpu, not {argument.device} {argument.stride()}")
     if argument.dtype not in _allowed(parameter.type):

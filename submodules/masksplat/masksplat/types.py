@@ -8,6 +8,7 @@ K SH bases ((degree + 1)^2), h, w pixels of a region. All float tensors of one c
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -115,7 +116,11 @@ class Splats:
 
     def view_range(self, view: int) -> tuple[int, int]:
         """First and one past the last packed row of `view`."""
-        return int(self.view_offsets[view]), int(self.view_offsets[view + 1])
+        return self._offsets[view], self._offsets[view + 1]
+
+    @cached_property
+    def _offsets(self) -> list[int]:
+        return self.view_offsets.tolist()
 
 
 def compact(splats: Splats) -> Splats:
@@ -161,9 +166,18 @@ class PhotometricLoss(NamedTuple):
     They stay on the device of the image: reading them is for whoever needs the numbers.
     """
 
-    l1: Tensor  # () float64
-    ssim: Tensor  # () float64
+    terms: Tensor  # (2,) float64, L1 and SSIM
     d_rgb: Tensor  # (h, w, 3) gradient of the weighted sum
+
+    @property
+    def l1(self) -> Tensor:
+        """() float64."""
+        return self.terms[0]
+
+    @property
+    def ssim(self) -> Tensor:
+        """() float64."""
+        return self.terms[1]
 
 
 class AdamStep(NamedTuple):

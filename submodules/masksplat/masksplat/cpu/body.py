@@ -236,8 +236,8 @@ class CpuBody:
         l1_weight = np.array([(1.0 - lambda_dssim) / values], dtype)
         run(loss_kernels.loss_gradient, tasks, x, y, derivatives, own, l1_weight, taps, l1_sums, d_rgb)
         gradient = torch.from_numpy(d_rgb.reshape(height, width, 3))
-        means = torch.from_numpy(np.stack([l1_sums.sum(), ssim_sums.sum()]) / values)
-        return PhotometricLoss(means[0], means[1], gradient)
+        terms = torch.from_numpy(np.stack([l1_sums.sum(), ssim_sums.sum()]) / values)
+        return PhotometricLoss(terms, gradient)
 
     def adam(self, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamStep) -> None:
         """See `Body.adam`."""

@@ -7,16 +7,19 @@ against `Launcher`; tests give it one that runs the same sources on the CPU.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from masksplat.cuda.arena import Piece
 from masksplat.cuda.compiler import (
     SOURCE_FOLDER,
     CudaUnavailableError,
@@ -27,13 +30,19 @@ from masksplat.cuda.compiler import (
 )
 
 Extent = int | tuple[int, ...]
-Argument = Tensor | np.generic | None
+Argument = Tensor | Piece | np.generic | int | float | None
 
 FREE_SHARED_BYTES = 48 * 1024
 """Dynamic shared memory of a block that needs no permission."""
 
-MOST_CONFIGS = 4096
-"""Launch shapes that a launcher remembers; grids follow the number of Gaussians, which changes."""
+FORMATS = {np.int32: "i", np.uint32: "I", np.int64: "q", np.uint64: "Q", np.float32: "f"}
+"""How `struct` packs a numpy scalar."""
+
+PLAIN_FORMATS = {(int, 4): "i", (int, 8): "q", (float, 4): "f"}
+"""How it packs a plain number, by the bytes that the kernel takes."""
+
+BUFFER_POINTER, BUFFER_SIZE, END = 1, 2, 0
+"""CU_LAUNCH_PARAM_*: a launch takes its arguments from one buffer, each where the kernel expects it."""
 
 
 class Launcher(Protocol):
@@ -48,13 +57,51 @@ class Launcher(Protocol):
             kernel: "file.function".
             grid: blocks in x, or in (x, y, z). A grid without blocks starts nothing.
             block: threads of a block, likewise.
-            arguments: contiguous tensors of `device` (their data pointer), None (a null pointer), and numpy scalars
-                (by value: np.int32 for int, np.uint32 for unsigned, np.int64 for long long, np.float32 for float).
+            arguments: contiguous tensors of `device` (their data pointer), pieces of an arena, None (a null pointer),
+                and numbers by value: int for int and long long, float for float, numpy scalars for these and for
+                unsigned ones.
             shared_bytes: dynamic shared memory of a block.
 
         Raises:
             ValueError: for an argument of another kind, on another device, or not contiguous.
         """
+
+
+class Packer:
+    """Lays the arguments of one kernel out as its launch takes them. For one thread."""
+
+    def __init__(self, kernel: str, places: Sequence[tuple[int, int]], arguments: Sequence[Argument]) -> None:
+        """Args: places: offset and size in bytes of each parameter; arguments: of the first launch, which decide types.
+
+        Raises:
+            ValueError: for an argument of another kind, or another number of them.
+        """
+        if len(arguments) != len(places):
+            raise ValueError(f"{kernel} takes {len(places)} arguments and was given {len(arguments)}")
+        form, end = "=", 0
+        for argument, (offset, size) in zip(arguments, places, strict=True):
+            form += "x" * (offset - end) + _format(kernel, argument, size)
+            end = offset + size
+        packing = struct.Struct(form)
+        self._buffer = ctypes.create_string_buffer(max(end, 1))
+        self._size = ctypes.c_size_t(packing.size)
+        self._extra = (ctypes.c_void_p * 5)(
+            BUFFER_POINTER, ctypes.addressof(self._buffer), BUFFER_SIZE, ctypes.addressof(self._size), END
+        )
+        self.extra = ctypes.addressof(self._extra)
+        """What cuLaunchKernel takes as `extra`."""
+        self._pack_into = packing.pack_into
+
+    def pack(self, values: list[Any]) -> None:
+        """Put the arguments of the next launch where `extra` points to. Raises: struct.error, OverflowError."""
+        self._pack_into(self._buffer, 0, *values)
+
+
+class LoadedKernel(NamedTuple):
+    """A kernel on the device. places: see `Packer`."""
+
+    handle: Any
+    places: tuple[tuple[int, int], ...]
 
 
 class DeviceLauncher:
@@ -78,48 +125,68 @@ class DeviceLauncher:
         self.device = _existing_device(device)
         self._index = self.device.index
         self._core = load_cuda_core()
+        self._driver = _load_driver()
         self.architecture = architecture_name(torch.cuda.get_device_capability(self.device))
         self.cache = KernelCache(cache, sources=sources)
         self._modules: dict[str, Any] = {}
-        self._kernels: dict[str, tuple[Any, int]] = {}  # and how many arguments each takes
-        self._configs: dict[tuple[Extent, Extent, int], Any] = {}
+        self._kernels: dict[str, LoadedKernel] = {}
         self._shared_limits: dict[str, int] = {}
-        self._streams: dict[int, Any] = {0: self._core.LEGACY_DEFAULT_STREAM}
-        self._ready_threads: set[int] = set()
-        self._launch = self._core.launch
+        self._of_thread = threading.local()  # packers: its own by kernel; absent in a thread that is new to CUDA
+        self._start = self._driver.cuLaunchKernel
+        self._success = self._driver.CUresult.CUDA_SUCCESS
         self._stream_handle, self._current_device = _stream_functions()
 
     def __call__(self, kernel: str, grid: Extent, block: Extent, *arguments: Argument, shared_bytes: int = 0) -> None:
         """Queue a kernel on torch's current stream of the device; see `Launcher`."""
         if grid == 0 or (grid.__class__ is tuple and 0 in grid):
             return
-        loaded, num_arguments = self._kernels.get(kernel) or self.load(kernel)
-        if shared_bytes > FREE_SHARED_BYTES and shared_bytes > self._shared_limits.get(kernel, 0):
-            self._raise_shared_limit(kernel, shared_bytes)
-        index = self._index
-        values: list[int | np.generic] = []
-        for argument in arguments:  # 0.3 us a tensor
-            if argument is None:
-                values.append(0)
+        packers: dict[str, Packer] | None = getattr(self._of_thread, "packers", None)
+        if packers is not None and self._current_device() == self._index:
+            self._queue(packers, kernel, grid, block, arguments, shared_bytes)
+            return
+        with torch.cuda.device(self.device):  # another device is the current one, or the thread is new to CUDA
+            self._core.Device(self._index).set_current()
+            packers = self._of_thread.packers = packers if packers is not None else {}
+            self._queue(packers, kernel, grid, block, arguments, shared_bytes)
+
+    def _queue(
+        self,
+        packers: dict[str, Packer],
+        kernel: str,
+        grid: Extent,
+        block: Extent,
+        arguments: Sequence[Argument],
+        shared_bytes: int,
+    ) -> None:
+        """Start a kernel on the current device; `packers` are this thread's."""
+        values: list[Any] = []
+        for argument in arguments:  # 0.2 us a tensor
+            if isinstance(argument, Piece):
+                values.append(argument[0])
             elif isinstance(argument, Tensor):
-                if argument.get_device() != index or not argument.is_contiguous():
+                if argument.get_device() != self._index or not argument.is_contiguous():
                     raise self._refusal(kernel, argument)
                 values.append(argument.data_ptr())
-            elif isinstance(argument, np.generic):
-                values.append(argument)
             else:
-                raise ValueError(f"{kernel}: {argument!r} is neither a tensor nor None nor a numpy scalar")
-        if len(values) != num_arguments:
-            raise ValueError(f"{kernel} takes {num_arguments} arguments and was given {len(values)}")
-        config = self._configs.get((grid, block, shared_bytes)) or self._make_config(grid, block, shared_bytes)
-        if self._current_device() == index and threading.get_ident() in self._ready_threads:
-            handle = self._stream_handle(index)
-            self._launch(self._streams.get(handle) or self._borrow_stream(handle), config, loaded, *values)
-        else:
-            self._launch_elsewhere(config, loaded, values)
+                values.append(0 if argument is None else argument)
+        loaded = self._kernels.get(kernel) or self.load(kernel)
+        packer = packers.get(kernel)
+        if packer is None:
+            packer = packers[kernel] = Packer(kernel, loaded.places, arguments)
+        try:
+            packer.pack(values)
+        except (struct.error, OverflowError) as error:
+            raise ValueError(f"{kernel} was given {arguments}: {error}") from error
+        if shared_bytes > FREE_SHARED_BYTES and shared_bytes > self._shared_limits.get(kernel, 0):
+            self._raise_shared_limit(kernel, shared_bytes)
+        (status,) = self._start(
+            loaded.handle, *_three(grid), *_three(block), shared_bytes, self._stream_handle(self._index), 0, packer.extra
+        )
+        if status != self._success:
+            raise RuntimeError(f"{kernel} on {grid} blocks of {block} threads was not started: {status}")
 
-    def load(self, kernel: str) -> tuple[Any, int]:
-        """Compile the kernel's file (or read it from the cache); return cuda.core's kernel and how much it takes.
+    def load(self, kernel: str) -> LoadedKernel:
+        """Compile the kernel's file (or read it from the cache); return the kernel.
 
         Raises:
             ValueError: when there is no such kernel.
@@ -133,15 +200,9 @@ class DeviceLauncher:
         with torch.cuda.device(self.device):
             self._core.Device(self._index).set_current()
             loaded = self._modules[file].get_kernel(function)
-            self._kernels[kernel] = (loaded, loaded.num_arguments)
+            places = tuple((place.offset, place.size) for place in loaded.arguments_info)
+            self._kernels[kernel] = LoadedKernel(loaded.handle, places)
         return self._kernels[kernel]
-
-    def _make_config(self, grid: Extent, block: Extent, shared_bytes: int) -> Any:
-        if len(self._configs) >= MOST_CONFIGS:
-            self._configs.clear()
-        config = self._core.LaunchConfig(grid=grid, block=block, shmem_size=shared_bytes)
-        self._configs[grid, block, shared_bytes] = config
-        return config
 
     def _refusal(self, kernel: str, tensor: Tensor) -> ValueError:
         return ValueError(
@@ -149,22 +210,10 @@ class DeviceLauncher:
             f"kernels take contiguous tensors on {self.device}"
         )
 
-    def _borrow_stream(self, handle: int) -> Any:
-        stream = self._streams[handle] = self._core.Stream.from_handle(handle)
-        return stream
-
-    def _launch_elsewhere(self, config: Any, kernel: Any, values: list[Any]) -> None:
-        """Launch from a thread that is new to CUDA, or while another device is the current one."""
-        with torch.cuda.device(self.device):
-            self._core.Device(self._index).set_current()
-            self._ready_threads.add(threading.get_ident())
-            handle = self._stream_handle(self._index)
-            self._launch(self._streams.get(handle) or self._borrow_stream(handle), config, kernel, *values)
-
     def _raise_shared_limit(self, kernel: str, shared_bytes: int) -> None:
-        driver = importlib.import_module("cuda.bindings.driver")
+        driver = self._driver
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        handle, device = self._kernels[kernel][0].handle, driver.CUdevice(self._index)
+        handle, device = self._kernels[kernel].handle, driver.CUdevice(self._index)
         (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, handle, device)
         if int(status) != 0:
             raise CudaUnavailableError(
@@ -172,6 +221,28 @@ class DeviceLauncher:
                 f"({self.architecture}) does not give: {status}"
             )
         self._shared_limits[kernel] = shared_bytes
+
+
+def _load_driver() -> Any:
+    """The driver's functions as Python calls, which cuda.core is built on; imported when a GPU is used."""
+    return importlib.import_module("cuda.bindings.driver")
+
+
+def _three(extent: Extent) -> tuple[int, ...]:
+    return (extent, 1, 1) if isinstance(extent, int) else (*extent, 1, 1)[:3]
+
+
+def _format(kernel: str, argument: Argument, size: int) -> str:
+    """How `struct` packs an argument for a parameter of `size` bytes. Raises: ValueError."""
+    if argument is None or isinstance(argument, (Tensor, Piece)):
+        code = "Q"
+    elif isinstance(argument, np.generic):
+        code = FORMATS.get(type(argument), "")
+    else:
+        code = PLAIN_FORMATS.get((type(argument), size), "")
+    if not code or struct.calcsize(f"={code}") != size:
+        raise ValueError(f"{kernel} takes {size} bytes where it was given {argument!r}")
+    return code
 
 
 def _existing_device(device: torch.device | int | str) -> torch.device:

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from masksplat.cuda.arena import Layout, raw
 from masksplat.cuda.launcher import Launcher
 from masksplat.types import PhotometricLoss
 
@@ -44,24 +44,24 @@ def photometric(
     d_rgb = torch.empty_like(rgb)
     if own_first >= own_last:
         nothing = torch.zeros(2, dtype=torch.float64, device=rgb.device)
-        return PhotometricLoss(nothing[0], nothing[1], d_rgb.zero_())
-    pairs, thirds = torch.empty((3, height, size), device=rgb.device).split((2, 1))
+        return PhotometricLoss(nothing, d_rgb.zero_())
     compare_rows, compare_grid = _segments(width, own_last - own_first)
     gradient_rows, gradient_grid = _segments(width, height)
     num_sums = compare_grid[0] * compare_grid[1]
-    sums = torch.empty(2 * num_sums + 2, dtype=torch.float64, device=rgb.device)
-    result = sums[2 * num_sums :]
-    region = (np.int32(height), np.int32(size), np.int32(own_first), np.int32(own_last))
-    ssim_weight, l1_weight = np.float32(-lambda_dssim / num_values), np.float32((1.0 - lambda_dssim) / num_values)
+    terms = torch.empty(2, dtype=torch.float64, device=rgb.device)
+    scratch = Layout((8 * height * size, 4 * height * size, 16 * num_sums))
+    memory = raw(scratch, rgb.device)
+    pairs, thirds, sums = scratch.cut(memory)
+    region = (height, size, own_first, own_last)
     launcher(
-        "photometric.compare", compare_grid, BLOCK, rgb, target, *region, np.int32(compare_rows), ssim_weight,
+        "photometric.compare", compare_grid, BLOCK, rgb, target, *region, compare_rows, -lambda_dssim / num_values,
         pairs, thirds, sums,
     )  # fmt: skip
     launcher(
-        "photometric.gradient", gradient_grid, BLOCK, rgb, target, pairs, thirds, *region, np.int32(gradient_rows),
-        l1_weight, sums, np.int32(num_sums), np.int64(num_values), d_rgb, result,
+        "photometric.gradient", gradient_grid, BLOCK, rgb, target, pairs, thirds, *region, gradient_rows,
+        (1.0 - lambda_dssim) / num_values, sums, num_sums, num_values, d_rgb, terms,
     )  # fmt: skip
-    return PhotometricLoss(result[0], result[1], d_rgb)
+    return PhotometricLoss(terms, d_rgb)
 
 
 def _checked_shape(rgb: Tensor, target: Tensor) -> torch.Size:

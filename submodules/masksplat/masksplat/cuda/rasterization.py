@@ -7,7 +7,6 @@ source/rasterize.cu, rasterize_backward.cu and scores.cu; tile_lists.py makes th
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from masksplat.cuda.tile_lists import (
     check_float32,
     make_tile_lists,
     part_blocks,
+    region_of,
     view_rows,
 )
 from masksplat.types import NUM_ROW_COLUMNS, Frame, Splats
@@ -92,8 +92,8 @@ class Rasterizer:
         self.launcher(
             "rasterize_backward.backward_pixels", blocks_of(lists.num_buckets, BACKWARD_WARPS), BACKWARD_WARPS * 32,
             packed.rows, zeros.ranges, kept.rows, kept.instances, kept.reached, kept.ends, kept.buckets,
-            kept.alive, kept.checkpoints, zeros.bucket_counter, np.int32(lists.num_buckets),
-            *lists.region.arguments(), np.int32(lists.region.width), frame.rgb, frame.transmittance,
+            kept.alive, kept.checkpoints, zeros.bucket_counter, lists.num_buckets,
+            *lists.region.arguments, lists.region.width, frame.rgb, frame.transmittance,
             d_rgb.contiguous(), None if d_transmittance is None else d_transmittance.contiguous(), sums,
         )  # fmt: skip
         self.launcher(
@@ -101,7 +101,7 @@ class Rasterizer:
         )
         self.launcher(
             "rasterize_backward.finish_rows", blocks_of(packed.most, FINISH_SPLATS), FINISH_THREADS,
-            packed.rows, kept.first_instances, zeros.totals, sums, np.int32(overwrite),
+            packed.rows, kept.first_instances, zeros.totals, sums, int(overwrite),
             d_rows if len(d_rows) == packed.most else d_rows[first:last],
         )  # fmt: skip
 
@@ -135,11 +135,11 @@ class Rasterizer:
         transmittance = torch.empty((height, width), dtype=torch.float32, device=self.launcher.device)
         self.launcher(
             "rasterize.forward_tiles", region.num_tiles, THREADS, packed.rows, zeros.ranges, kept.rows,
-            *region.arguments(), np.int32(width), background, rgb, transmittance, zeros.pairs, kept.reached,
+            *region.arguments, width, background, rgb, transmittance, zeros.pairs, kept.reached,
             kept.ends, kept.buckets, kept.alive, kept.checkpoints,
-            zeros.bucket_counter if num_buckets > 0 else None, np.int32(num_buckets), self.capacity.status,
+            zeros.bucket_counter if num_buckets > 0 else None, num_buckets, self.capacity.status,
         )  # fmt: skip
-        return Frame(rgb, transmittance, zeros.pairs, view, (region.first, region.last), lists)
+        return Frame(rgb, transmittance, lists.pairs, view, (region.first, region.last), lists)
 
     def _score(self, packed: ViewRows, region: Region) -> tuple[Tensor, Tensor]:
         lists = self._lists(packed, region, 0)
@@ -148,11 +148,11 @@ class Rasterizer:
         maximum, total = torch.empty((2, packed.most), dtype=torch.float32, device=device).unbind()
         self.launcher(
             "scores.score_tiles", region.num_tiles, THREADS, packed.rows, zeros.ranges, kept.rows, kept.instances,
-            *region.arguments(), np.int32(region.width), scores,
+            *region.arguments, region.width, scores,
         )  # fmt: skip
         self.launcher(
             "scores.sum_scores", blocks_of(packed.most), THREADS, kept.first_instances, zeros.totals,
-            np.int32(packed.most), scores, maximum, total,
+            packed.most, scores, maximum, total,
         )  # fmt: skip
         return maximum, total
 
@@ -160,4 +160,4 @@ class Rasterizer:
 def _region(size: tuple[int, int], rows: tuple[int, int] | None) -> Region:
     width, height = size
     first, last = rows if rows is not None else (0, height)
-    return Region(first, last, width)
+    return region_of(first, last, width)

@@ -2,18 +2,20 @@
 """Lists of splats per tile, made on the GPU without waiting for it: memory and launches.
 
 The kernels are source/binning.cu and source/radix_sort.cu. A torch op costs more host time than a launch, so a call
-allocates three arenas (zeros, what a frame keeps, scratch) and cuts each once.
+allocates three arenas (zeros, what a frame keeps, scratch); where their pieces lie is worked out once for each region
+and capacity.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from masksplat.cuda.arena import Layout, Piece, bytes_of, raw
 from masksplat.cuda.launcher import Launcher
 from masksplat.types import TILE, Splats
 
@@ -33,36 +35,27 @@ LEAST_INSTANCES_PER_PART = 15
 MOST_PART_BLOCKS = 528
 """Blocks that deal with parts, one after the other: enough for any GPU to be full."""
 
-ALIGNMENT = 256
 MOST_TILES = 1 << 27
 
+REMEMBERED = 256
+"""Regions and layouts whose numbers are kept; capacities and the number of rows change with edits of the table."""
 
-@dataclass(frozen=True)
+
 class Region:
-    """Pixel rows [first, last) of a view of `width` pixels, in tiles from its first row on."""
+    """Pixel rows [first, last) of a view of `width` pixels, in tiles from its first row on.
 
-    first: int
-    last: int
-    width: int
+    columns, tile_rows, num_tiles: tiles in a row, rows of them, and all. arguments: what every kernel takes, first
+    pixel row, one past the last, tile columns. tile_passes: how many passes sort by tile, and the bits of a digit.
+    """
 
-    @property
-    def columns(self) -> int:
-        """Tiles in a row."""
-        return -(-self.width // TILE)
-
-    @property
-    def tile_rows(self) -> int:
-        """Rows of tiles."""
-        return -(-(self.last - self.first) // TILE)
-
-    @property
-    def num_tiles(self) -> int:
-        """All tiles."""
-        return self.columns * self.tile_rows
-
-    def arguments(self) -> tuple[np.int32, np.int32, np.int32]:
-        """What every kernel takes: first pixel row, one past the last, tile columns."""
-        return np.int32(self.first), np.int32(self.last), np.int32(self.columns)
+    def __init__(self, first: int, last: int, width: int) -> None:
+        """See the class."""
+        self.first, self.last, self.width = first, last, width
+        self.columns = -(-width // TILE)
+        self.tile_rows = -(-(last - first) // TILE)
+        self.num_tiles = self.columns * self.tile_rows
+        self.arguments = (first, last, self.columns)
+        self.tile_passes = _tile_passes(self.num_tiles)
 
 
 class ViewRows(NamedTuple):
@@ -77,47 +70,50 @@ class ViewRows(NamedTuple):
 
 
 class Zeros(NamedTuple):
-    """What the kernels count in, all zero at first; raw bytes but for `pairs`."""
+    """What the kernels count in, all zero at first; pieces of `memory`."""
 
-    ranges: Tensor  # (tiles, 2) int32
-    totals: Tensor  # (TOTAL_WORDS,) int32, see source/totals.cuh
-    bucket_counter: Tensor  # int32
-    depth_histograms: Tensor
-    tile_histograms: Tensor
-    depth_tickets: Tensor
-    tile_tickets: Tensor
-    prepare_words: Tensor
-    emit_words: Tensor
-    pairs: Tensor  # (tile rows,) int64, returned to the user
+    ranges: Piece  # (tiles, 2) int32
+    totals: Piece  # (TOTAL_WORDS,) int32, see source/totals.cuh
+    bucket_counter: Piece  # int32
+    depth_histograms: Piece
+    tile_histograms: Piece
+    depth_tickets: Piece
+    tile_tickets: Piece
+    prepare_words: Piece
+    emit_words: Piece
+    pairs: Piece  # (tile rows,) int64
+    memory: Tensor
 
 
 class Kept(NamedTuple):
-    """What a frame keeps for its backward, raw bytes; see source/binning.cu and source/rasterize.cu."""
+    """What a frame keeps for its backward, pieces of `memory`; see source/binning.cu and source/rasterize.cu."""
 
-    rows: Tensor  # (instances,) int32 row of the view, by tile and depth
-    instances: Tensor  # (instances,) int32 number of the instance
-    first_instances: Tensor  # (most rows + 1,) int32
-    parts: Tensor  # (instances / LEAST_INSTANCES_PER_PART, 4) int32
-    reached: Tensor  # (instances,) uint8
-    ends: Tensor  # (tiles,) int32
-    buckets: Tensor  # (buckets, 2) int32
-    alive: Tensor  # (buckets, SUBTILES) uint32
-    checkpoints: Tensor  # (buckets, 256, 4) float32
+    rows: Piece  # (instances,) int32 row of the view, by tile and depth
+    instances: Piece  # (instances,) int32 number of the instance
+    first_instances: Piece  # (most rows + 1,) int32
+    parts: Piece  # (instances / LEAST_INSTANCES_PER_PART, 4) int32
+    reached: Piece  # (instances,) uint8
+    ends: Piece  # (tiles,) int32
+    buckets: Piece  # (buckets, 2) int32
+    alive: Piece  # (buckets, SUBTILES) uint32
+    checkpoints: Piece  # (buckets, 256, 4) float32
+    memory: Tensor
 
 
 class Scratch(NamedTuple):
-    """Memory of one binning, raw bytes: two of what is sorted back and forth."""
+    """Memory of one binning, pieces of `memory`: two of what is sorted back and forth."""
 
-    keys: tuple[Tensor, Tensor]
-    orders: tuple[Tensor, Tensor]
-    tiles: tuple[Tensor, Tensor]
-    rows: Tensor
-    instances: Tensor
-    depth_words: Tensor  # the kernels clear as much as they need
-    tile_words: Tensor
+    keys: tuple[Piece, Piece]
+    orders: tuple[Piece, Piece]
+    tiles: tuple[Piece, Piece]
+    rows: Piece
+    instances: Piece
+    depth_words: Piece  # the kernels clear as much as they need
+    tile_words: Piece
+    memory: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class TileLists:
     """The lists of a region and room for what compositing leaves behind."""
 
@@ -129,11 +125,17 @@ class TileLists:
 
     def totals(self) -> list[int]:
         """Instances in use and splats of the view, read from the device."""
-        return self.zeros.totals.view(torch.int32)[:2].tolist()  # host sync: totals
+        return bytes_of(self.zeros.memory, self.zeros.totals).view(torch.int32)[:2].tolist()  # host sync: totals
 
     def buckets_in_use(self) -> int:
         """Buckets that the forward went through, read from the device."""
-        return int(self.zeros.bucket_counter.view(torch.int32)[0])  # host sync: buckets
+        counter = bytes_of(self.zeros.memory, self.zeros.bucket_counter)
+        return int(counter.view(torch.int32)[0])  # host sync: buckets
+
+    @property
+    def pairs(self) -> Tensor:
+        """(tile rows,) int64: `Frame.pairs_per_row`."""
+        return bytes_of(self.zeros.memory, self.zeros.pairs).view(torch.int64)[: self.region.tile_rows]
 
 
 def blocks_of(count: int, threads: int = THREADS) -> int:
@@ -146,59 +148,85 @@ def part_blocks(num_instances: int) -> int:
     return min(MOST_PART_BLOCKS, blocks_of(num_instances, SORT_CHUNK))
 
 
-def _aligned(size: int) -> int:
-    return max(1, -(-size // ALIGNMENT)) * ALIGNMENT
-
-
 def _tile_passes(num_tiles: int) -> tuple[int, int]:
-    """How many passes sort by tile, and the bits of a digit."""
     bits = max(1, (num_tiles - 1).bit_length())
     passes = -(-bits // DIGIT_BITS)
     return passes, -(-bits // passes)
 
 
-def _make_zeros(region: Region, most: int, device: torch.device) -> Zeros:
-    passes, _ = _tile_passes(region.num_tiles)
-    sizes = (
-        8 * region.num_tiles,
-        4 * TOTAL_WORDS,
-        4,
-        4 * DIGITS * DEPTH_PASSES,
-        4 * DIGITS * passes,
-        4 * DEPTH_PASSES,
-        4 * passes,
-        8 * blocks_of(most),
-        8 * blocks_of(most),
+@lru_cache(REMEMBERED)
+def region_of(first: int, last: int, width: int) -> Region:
+    """The region with these numbers."""
+    return Region(first, last, width)
+
+
+@lru_cache(REMEMBERED)
+def _zeros_layout(region: Region, most: int) -> Layout:
+    passes, _ = region.tile_passes
+    return Layout(
+        (
+            8 * region.num_tiles,
+            4 * TOTAL_WORDS,
+            4,
+            4 * DIGITS * DEPTH_PASSES,
+            4 * DIGITS * passes,
+            4 * DEPTH_PASSES,
+            4 * passes,
+            8 * blocks_of(most),
+            8 * blocks_of(most),
+            8 * region.tile_rows,
+        )
     )
-    pieces = [*map(_aligned, sizes), 8 * region.tile_rows]
-    cut = torch.zeros(sum(pieces), dtype=torch.uint8, device=device).split(pieces)
-    return Zeros(*cut)._replace(pairs=cut[-1].view(torch.int64))
+
+
+@lru_cache(REMEMBERED)
+def _kept_layout(region: Region, most: int, num_instances: int, num_buckets: int) -> Layout:
+    return Layout(
+        (
+            4 * num_instances,
+            4 * num_instances,
+            4 * (most + 1),
+            16 * blocks_of(num_instances, LEAST_INSTANCES_PER_PART),
+            num_instances if num_buckets else 0,
+            4 * region.num_tiles,
+            8 * num_buckets,
+            4 * SUBTILES * num_buckets,
+            CHECKPOINT_BYTES * num_buckets,
+        )
+    )
+
+
+@lru_cache(REMEMBERED)
+def _scratch_layout(region: Region, most: int, num_instances: int) -> Layout:
+    passes, _ = region.tile_passes
+    words = 4 * DIGITS
+    return Layout(
+        (
+            *[4 * most] * 4,
+            *[4 * num_instances] * 4,
+            words * DEPTH_PASSES * blocks_of(most, SORT_CHUNK),
+            words * passes * blocks_of(num_instances, SORT_CHUNK),
+        )
+    )
+
+
+def _make_zeros(region: Region, most: int, device: torch.device) -> Zeros:
+    layout = _zeros_layout(region, most)
+    memory = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device)
+    return Zeros(*layout.cut(memory), memory)
 
 
 def _make_kept(region: Region, most: int, num_instances: int, num_buckets: int, device: torch.device) -> Kept:
-    sizes = (
-        4 * num_instances,
-        4 * num_instances,
-        4 * (most + 1),
-        16 * blocks_of(num_instances, LEAST_INSTANCES_PER_PART),
-        num_instances if num_buckets else 0,
-        4 * region.num_tiles,
-        8 * num_buckets,
-        4 * SUBTILES * num_buckets,
-        CHECKPOINT_BYTES * num_buckets,
-    )
-    pieces = [*map(_aligned, sizes)]
-    return Kept(*torch.empty(sum(pieces), dtype=torch.uint8, device=device).split(pieces))
+    layout = _kept_layout(region, most, num_instances, num_buckets)
+    memory = raw(layout, device)
+    return Kept(*layout.cut(memory), memory)
 
 
 def _make_scratch(region: Region, most: int, num_instances: int, device: torch.device) -> Scratch:
-    passes, _ = _tile_passes(region.num_tiles)
-    sizes = [4 * most] * 4 + [4 * num_instances] * 4
-    sizes.append(4 * DIGITS * DEPTH_PASSES * blocks_of(most, SORT_CHUNK))
-    sizes.append(4 * DIGITS * passes * blocks_of(num_instances, SORT_CHUNK))
-    pieces = [*map(_aligned, sizes)]
-    cut = torch.empty(sum(pieces), dtype=torch.uint8, device=device).split(pieces)
-    return Scratch((cut[0], cut[1]), (cut[2], cut[3]), (cut[4], cut[5]), *cut[6:])
+    layout = _scratch_layout(region, most, num_instances)
+    memory = raw(layout, device)
+    cut = layout.cut(memory)
+    return Scratch((cut[0], cut[1]), (cut[2], cut[3]), (cut[4], cut[5]), *cut[6:], memory)
 
 
 def make_tile_lists(
@@ -231,9 +259,9 @@ def _prepare(launcher: Launcher, view: ViewRows, lists: TileLists, scratch: Scra
     zeros = lists.zeros
     launcher(
         "binning.prepare", blocks_of(view.most), THREADS, view.rows, view.boxes, view.depths, view.in_use,
-        np.int32(view.most), *lists.region.arguments(), np.int32(lists.num_instances), scratch.keys[0],
+        view.most, *lists.region.arguments, lists.num_instances, scratch.keys[0],
         lists.kept.first_instances, zeros.depth_histograms, scratch.depth_words,
-        np.int32(blocks_of(view.most, SORT_CHUNK)), zeros.prepare_words, zeros.totals, status,
+        blocks_of(view.most, SORT_CHUNK), zeros.prepare_words, zeros.totals, status,
     )  # fmt: skip
 
 
@@ -245,7 +273,7 @@ def _sort_by_depth(launcher: Launcher, view: ViewRows, lists: TileLists, scratch
         launcher(
             "radix_sort.sort_one", blocks_of(view.most, SORT_CHUNK), THREADS, scratch.keys[here], scratch.keys[there],
             scratch.orders[here] if number > 0 else None, scratch.orders[there], zeros.totals, zeros.depth_histograms,
-            scratch.depth_words, zeros.depth_tickets, np.int32(number), np.int32(DIGIT_BITS),
+            scratch.depth_words, zeros.depth_tickets, number, DIGIT_BITS,
         )  # fmt: skip
     launcher(
         "radix_sort.order_ties", blocks_of(view.most), THREADS, scratch.keys[0], scratch.orders[0], view.ids,
@@ -256,27 +284,27 @@ def _sort_by_depth(launcher: Launcher, view: ViewRows, lists: TileLists, scratch
 def _sort_by_tile(launcher: Launcher, view: ViewRows, lists: TileLists, scratch: Scratch) -> None:
     """Instances in depth order, then stably by tile; the last pass writes into the lists that are kept."""
     zeros, kept = lists.zeros, lists.kept
-    passes, bits = _tile_passes(lists.region.num_tiles)
+    passes, bits = lists.region.tile_passes
     rows, instances = (scratch.rows, kept.rows), (scratch.instances, kept.instances)
     if passes % 2 == 0:
         rows, instances = rows[::-1], instances[::-1]
     launcher(
         "binning.emit", blocks_of(view.most), THREADS, view.rows, view.boxes, scratch.orders[0], kept.first_instances,
-        *lists.region.arguments(), scratch.tiles[0], rows[0], instances[0], kept.parts, zeros.tile_histograms,
-        np.int32(passes), np.int32(bits), scratch.tile_words, np.int32(blocks_of(lists.num_instances, SORT_CHUNK)),
+        *lists.region.arguments, scratch.tiles[0], rows[0], instances[0], kept.parts, zeros.tile_histograms,
+        passes, bits, scratch.tile_words, blocks_of(lists.num_instances, SORT_CHUNK),
         zeros.emit_words, zeros.totals,
     )  # fmt: skip
     launcher(
         "binning.emit_parts", part_blocks(lists.num_instances), THREADS, view.rows, view.boxes, kept.first_instances,
-        kept.parts, *lists.region.arguments(), scratch.tiles[0], rows[0], instances[0], zeros.tile_histograms,
-        np.int32(passes), np.int32(bits), zeros.totals,
+        kept.parts, *lists.region.arguments, scratch.tiles[0], rows[0], instances[0], zeros.tile_histograms,
+        passes, bits, zeros.totals,
     )  # fmt: skip
     for number in range(passes):
         here, there = number % 2, 1 - number % 2
         launcher(
             "radix_sort.sort_two", blocks_of(lists.num_instances, SORT_CHUNK), THREADS, scratch.tiles[here],
             scratch.tiles[there], rows[here], rows[there], instances[here], instances[there], zeros.totals,
-            zeros.tile_histograms, scratch.tile_words, zeros.tile_tickets, np.int32(number), np.int32(bits),
+            zeros.tile_histograms, scratch.tile_words, zeros.tile_tickets, number, bits,
         )  # fmt: skip
     launcher(
         "binning.tile_ranges", blocks_of(lists.num_instances), THREADS, scratch.tiles[passes % 2], zeros.totals,
@@ -292,12 +320,12 @@ def view_rows(splats: Splats, view: int) -> ViewRows:
     """
     check_float32(rows=splats.rows, depths=splats.depths)
     first, last = splats.view_range(view)
-    tensors = [splats.rows, splats.boxes, splats.depths, splats.ids]
-    if (first, last) != (0, len(splats)):
-        tensors = [tensor[first:last] for tensor in tensors]
-    rows, boxes, depths, ids = (tensor.contiguous() for tensor in tensors)
+    rows, boxes, depths, ids = splats.rows, splats.boxes, splats.depths, splats.ids
+    if last - first != len(splats):
+        rows, boxes, depths, ids = rows[first:last], boxes[first:last], depths[first:last], ids[first:last]
     counts = splats.counts
-    return ViewRows(rows, boxes, depths, ids, None if counts is None else counts[view:], last - first)
+    in_use = counts if counts is None or view == 0 else counts[view:]
+    return ViewRows(rows.contiguous(), boxes.contiguous(), depths.contiguous(), ids.contiguous(), in_use, last - first)
 
 
 def check_float32(**tensors: Tensor | None) -> None:

@@ -130,12 +130,12 @@ def photometric(
     image_height = height if image_height is None else image_height
     _check_region(height, own_rows, image_height, row_start)
     if own_rows[0] == own_rows[1]:
-        zero = torch.zeros((), dtype=torch.float64, device=rgb.device)
-        return PhotometricLoss(zero, zero, torch.zeros_like(rgb))
+        nothing = torch.zeros(2, dtype=torch.float64, device=rgb.device)
+        return PhotometricLoss(nothing, torch.zeros_like(rgb))
     leaf = rgb.detach().requires_grad_()
     with torch.enable_grad():
         wanted = target.to(rgb.dtype) / 255.0
         absolute, similarity = photometric_terms(leaf, wanted, own_rows, image_height)
         loss = (1.0 - lambda_dssim) * absolute - lambda_dssim * similarity
     (gradient,) = torch.autograd.grad(loss, leaf)
-    return PhotometricLoss(absolute.detach().double(), similarity.detach().double(), gradient)
+    return PhotometricLoss(torch.stack([absolute, similarity]).detach().double(), gradient)
