@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -71,10 +72,17 @@ class LocalViews:
 
 @dataclass(frozen=True)
 class _Decision:
-    """expected: (W,) loads by the costs that the partition was made with."""
+    """What a step draws. expected: (W,) loads by the costs that the partition was made with; None: they never change."""
 
+    views: tuple[int, ...]
     partition: PixelPartition
-    expected: tuple[int, ...]
+    expected: tuple[int, ...] | None
+
+
+@lru_cache(256)
+def _all_for_one(heights: tuple[int, ...]) -> PixelPartition:
+    """Whole views for the only rank."""
+    return PixelPartition.of_whole_views(heights, [0] * len(heights), 1)
 
 
 class PixelShares:
@@ -101,7 +109,8 @@ class PixelShares:
 
     def views(self, step: int) -> tuple[int, ...]:
         """The training views of a step."""
-        return self.batches.batch(step)
+        known = self._known.get(step)
+        return known.views if known is not None else self.batches.batch(step)
 
     def partition(self, step: int) -> PixelPartition:
         """Who draws what in a step."""
@@ -109,18 +118,22 @@ class PixelShares:
 
     def _decision(self, step: int) -> _Decision:
         """What was, or now is, decided for a step; forgotten when nobody can go back to it any more."""
-        if step not in self._known:
-            self._known = {known: value for known, value in self._known.items() if known >= step - 2}
-            views = self.views(step)
+        known = self._known.get(step)
+        if known is None:
+            self._known = {key: value for key, value in self._known.items() if key >= step - 2}
+            views = self.batches.batch(step)
             partition = self._decide(step, views)
-            expected = loads_of(partition, [self.balancer.costs(view) for view in views])
-            self._known[step] = _Decision(partition, tuple(expected))
-        return self._known[step]
+            known = _Decision(views, partition, self._expected(partition, views) if self._learns_costs else None)
+            self._known[step] = known
+        return known
+
+    def _expected(self, partition: PixelPartition, views: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(loads_of(partition, [self.balancer.costs(view) for view in views]))
 
     def _decide(self, step: int, views: tuple[int, ...]) -> PixelPartition:
-        heights = [self.balancer.heights[view] for view in views]
+        heights = tuple(self.balancer.heights[view] for view in views)
         if self.communicator.size == 1:  # what the balancer would say, without the search
-            return PixelPartition.of_whole_views(heights, [0] * len(views), 1)
+            return _all_for_one(heights)
         if isinstance(self.batches, LocalViews):
             return self.batches.partition(heights)
         return self.balancer.assign(step, views)
@@ -136,10 +149,11 @@ class PixelShares:
     def history(self, step: int, numbers: StepNumbers) -> dict[str, Any]:
         """What was decided for a step, on which estimate, and what it cost in pairs."""
         decision = self._decision(step)
+        expected = decision.expected or self._expected(decision.partition, decision.views)
         return {
-            "views": list(self.views(step)),
+            "views": list(decision.views),
             "regions": decision.partition.to_plain(),
-            "expected": list(decision.expected),
+            "expected": list(expected),
             "counted": loads_of(decision.partition, numbers.pairs),
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ class Training:
 
     def batch(self, step: int) -> Batch:
         """Cameras, backgrounds and this rank's photos of a step; the next step's photos start to decode."""
-        views, partition = self.pixels.views(step), self.pixels.partition(step)
+        partition, views = self.pixels.partition(step), self.pixels.views(step)
         if self.config.debug.check_agreement:
             self._check_agreement(step, views)
         backgrounds = [self.background(step, k) for k in range(len(views))]
@@ -126,7 +127,7 @@ class Training:
 
     def _prefetch(self, step: int) -> None:
         """Start to decode what this rank will draw in a step."""
-        views, mine = self.pixels.views(step), self.pixels.partition(step).regions[self.communicator.rank]
+        mine, views = self.pixels.partition(step).regions[self.communicator.rank], self.pixels.views(step)
         self.photos.prefetch([views[region.view] for region in mine])
 
     def _check_agreement(self, step: int, views: Sequence[int]) -> None:
@@ -167,6 +168,16 @@ class Training:
         view_weight = self.scaling.view_weight * optimization.lr_scale_loss
         return StepSettings(projection, optimization.lambda_dssim, view_weight)
 
+    @cached_property
+    def _base_rates(self) -> dict[str, float]:
+        """Learning rates of KERNEL_ATTRIBUTES as the flags give them; that of the means has a schedule of its own."""
+        specs = {spec.name: spec for spec in self.table.attributes}
+        flags = self.config.optimization
+        return {
+            name: 0.0 if name == "means" else getattr(flags, specs[name].learning_rate) * specs[name].learning_rate_factor
+            for name in KERNEL_ATTRIBUTES
+        }
+
     def mask_scaling(self, window: Window) -> OptimizerScaling:
         """The optimizer's numbers for what the strategy learns; --stop_update_param stops that, too."""
         factor = 0.0 if self.config.debug.stop_update_param else rate_factor(self.config, window.first)
@@ -177,13 +188,11 @@ class Training:
         optimization, common = self.config.optimization, self.scaling.lr_factor * self.annealing.at(window.first)
         drift_of_rate = self._opacity_drift_of_rate
         steps = []
-        for name in KERNEL_ATTRIBUTES:
-            spec = next(spec for spec in self.table.attributes if spec.name == name)
+        for name, base_rate in self._base_rates.items():
             if name == "means":
                 rate = self.position_rate.at(window.first)
             else:
-                rate = getattr(optimization, spec.learning_rate) * spec.learning_rate_factor
-                rate *= rate_factor(self.config, window.first)
+                rate = base_rate * rate_factor(self.config, window.first)
             rate *= common
             if name in ("means", "scales"):
                 rate *= optimization.lr_scale_pos_and_scale

@@ -29,8 +29,9 @@ class PixelSource(Protocol):
 class DeviceImages:
     """The photos of a `PixelSource`, as tensors of a device; the same bytes, whatever the budget.
 
-    Whole photos are kept in device memory up to `byte_budget` bytes, those used longest ago go first; strips are
-    uploaded when they are needed. Uploads go through pinned memory and never block the host.
+    Photos are kept in device memory up to `byte_budget` bytes, those used longest ago go first. For a strip of one that
+    is not there, the photo is uploaded while there is room for it, the strip alone when others would have to go. Uploads
+    go through pinned memory and never block the host.
     """
 
     def __init__(self, source: PixelSource, device: torch.device, *, byte_budget: int) -> None:
@@ -48,16 +49,20 @@ class DeviceImages:
         kept = self._kept.get(index)
         if kept is not None:
             self._kept.move_to_end(index)
-            return kept[row_start : kept.shape[0] if row_stop is None else row_stop]
-        pixels = self._source.fetch(index, row_start, row_stop)
+            return _rows(kept, row_start, row_stop)
+        pixels = self._source.fetch(index)
+        is_whole = row_start == 0 and row_stop is None
+        if not is_whole and self._kept_bytes + pixels.numel() > self._byte_budget:
+            return sent_to(_rows(pixels, row_start, row_stop), self._device)
         uploaded = sent_to(pixels, self._device)
-        if row_start == 0 and row_stop is None:
-            self._keep(index, uploaded)
-        return uploaded
+        self._keep(index, uploaded)
+        return _rows(uploaded, row_start, row_stop)
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Start to decode the photos that are not on the device, and return at once."""
-        self._source.prefetch([index for index in indices if index not in self._kept])
+        missing = [index for index in indices if index not in self._kept]
+        if missing:
+            self._source.prefetch(missing)
 
     def close(self) -> None:
         """Forget the device's photos and stop the source's background work."""
@@ -72,3 +77,7 @@ class DeviceImages:
         while self._kept_bytes > self._byte_budget:
             _, dropped = self._kept.popitem(last=False)
             self._kept_bytes -= dropped.numel()
+
+
+def _rows(pixels: Tensor, start: int, stop: int | None) -> Tensor:
+    return pixels if start == 0 and stop is None else pixels[start:stop]

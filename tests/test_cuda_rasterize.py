@@ -414,7 +414,7 @@ def test_runs_of_equal_keys_of_any_length_are_sorted_by_id(launcher):
 def test_other_precisions_and_frames_without_a_backward_are_refused(launcher):
     splats = projected(10, (16, 16), seed=48)
     with pytest.raises(ValueError, match="float32"):
-        view_rows(moved(splats, dtype=torch.float64), 0)
+        view_rows(moved(splats, dtype=torch.float64), 0, torch.device("cpu"))
     there = moved(splats, device=launcher.device)
     rasterizer = Rasterizer(launcher)
     frame = rasterizer.rasterize(there, 0, (16, 16), BACKGROUND.to(launcher.device), has_backward=False)

@@ -54,12 +54,12 @@ def test_budget_drops_the_photo_used_longest_ago() -> None:
     assert [index for index, _, _ in source.fetched] == [0, 1, 2, 1]
 
 
-def test_strips_are_not_kept() -> None:
+def test_strips_come_from_a_kept_photo_where_there_is_room() -> None:
     source = CountingSource()
-    images = DeviceImages(source, torch.device("cpu"), byte_budget=1 << 20)
-    for _ in range(2):
-        assert torch.equal(images.fetch(0, 2, 4), CountingSource().fetch(0, 2, 4))
-    assert len(source.fetched) == 2
+    images = DeviceImages(source, torch.device("cpu"), byte_budget=60)
+    for index, rows in ((0, (2, 4)), (0, (0, 3)), (1, (2, 4)), (1, (2, 4)), (0, (1, 2))):
+        assert torch.equal(images.fetch(index, *rows), CountingSource().fetch(index, *rows))
+    assert [index for index, _, _ in source.fetched] == [0, 1, 1]
 
 
 def test_prefetch_asks_for_what_is_missing_only() -> None:

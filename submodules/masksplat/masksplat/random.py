@@ -5,8 +5,8 @@ Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as eas
 The counter is (id low, id high, step, stream), the key (seed low, seed high). There is no state: what a Gaussian
 draws depends on its id alone, never on its row, its rank or on how many Gaussians there are.
 
-Two bodies that agree bit for bit: ``philox`` (torch int64, any device) and ``philox_numba`` (scalar, callable in
-numba kernels). This module knows nothing of masks or Gaussians beyond the names of the streams.
+Three bodies that agree bit for bit: ``philox`` (torch int64, any device), ``philox_numba`` (scalar, callable in numba
+kernels) and the one of the CUDA kernels. This module knows nothing of masks or Gaussians beyond the names of the streams.
 
 Legend: ``N`` ids.
 """
@@ -126,7 +126,8 @@ def words(seed: int, step: int, ids: Tensor, stream: int) -> Tensor:
         stream: 32-bit unsigned counter word that tells purposes apart.
 
     Returns:
-        (N, 4) int64 on the device of ``ids``; CPU tensors go through the numba twin, which is faster.
+        (N, 4) int64 on the device of ``ids``; CPU tensors go through the numba twin, CUDA ones
+        through a kernel: torch takes hundreds of operations.
 
     Raises:
         ValueError: ids that are not (N,) int64, or a number out of its range.
@@ -142,6 +143,11 @@ def words(seed: int, step: int, ids: Tensor, stream: int) -> Tensor:
         unsigned = ids.detach().contiguous().numpy().view(np.uint64)
         _fill_words(unsigned, np.uint64(step), np.uint64(stream), np.uint64(k0), np.uint64(k1), out)
         return torch.from_numpy(out)
+    if ids.device.type == "cuda":
+        from masksplat.cuda import devices
+        from masksplat.cuda import random as kernels
+
+        return kernels.words(devices.launcher_of(ids.device), seed, step, ids.contiguous(), stream)
     counter = (ids & _WORD, (ids >> 32) & _WORD, torch.full_like(ids, step), torch.full_like(ids, stream))
     return torch.stack(philox(counter, (k0, k1)), dim=1)
 

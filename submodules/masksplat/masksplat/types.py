@@ -54,7 +54,7 @@ class Gaussians:
     shN: Tensor  # (N, K - 1, 3)
 
     def __len__(self) -> int:
-        return self.means.shape[0]
+        return int(self.means.shape[0])
 
 
 class GaussianGradients(NamedTuple):

@@ -41,6 +41,21 @@ class Layout:
         return [Piece(base + first, size) for first, size in self._spans]
 
 
+def rows_of(values: Tensor, first: int, last: int, device: torch.device) -> Piece:
+    """Rows [first, last) of a tensor as a piece; the tensor must live as long.
+
+    Raises:
+        ValueError: for a tensor that is not contiguous or on another device.
+    """
+    if not values.is_contiguous() or values.device != device:
+        raise ValueError(
+            f"a tensor of shape {tuple(values.shape)} on {values.device} with strides {values.stride()}; kernels take "
+            f"contiguous tensors on {device}"
+        )
+    row = values.stride(0) * values.element_size()
+    return Piece(values.data_ptr() + first * row, (last - first) * row)
+
+
 def bytes_of(memory: Tensor, piece: Piece) -> Tensor:
     """A piece of `memory` as a tensor of uint8."""
     first = piece.address - memory.data_ptr()

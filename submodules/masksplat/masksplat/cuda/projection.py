@@ -76,7 +76,7 @@ def project(
         ids=like.new_empty(capacity, dtype=torch.int64),
         gaussians=like.new_empty(capacity, dtype=torch.int32),
         boxes=like.new_empty((capacity, 4), dtype=torch.int32),
-        view_offsets=torch.arange(num_views + 1) * num_gaussians,
+        view_offsets=torch.tensor([view * num_gaussians for view in range(num_views + 1)]),
         slots=like.new_empty((num_views, num_gaussians), dtype=torch.int32),
         state=ProjectionState(cameras),
         counts=counts,
@@ -295,7 +295,7 @@ def _check_dtype(name: str, tensor: Tensor | None, dtype: torch.dtype) -> None:
 def _readable(name: str, tensor: Tensor) -> Tensor:
     if tensor.dtype != torch.float32:
         raise ValueError(f"{name} is {tensor.dtype}; the cuda body computes in float32.")
-    tensor = tensor.detach().contiguous()
+    tensor = (tensor.detach() if tensor.requires_grad else tensor).contiguous()
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 

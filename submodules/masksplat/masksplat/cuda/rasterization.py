@@ -55,7 +55,7 @@ class Rasterizer:
         """
         check_float32(background=background)
         region = _region(size, rows)
-        packed = view_rows(splats, view)
+        packed = view_rows(splats, view, self.launcher.device)
         self.capacity.expect(packed.most)
         while True:
             frame = self._composite(packed, region, background, view, self.capacity.buckets if has_backward else 0)
@@ -81,8 +81,8 @@ class Rasterizer:
         if lists.num_buckets == 0:
             raise ValueError("this frame was made with has_backward=False; rasterize it with the default")
         check_float32(d_rgb=d_rgb, d_rows=d_rows, d_transmittance=d_transmittance)
-        packed = view_rows(splats, frame.view)
-        first, last = splats.view_range(frame.view)
+        packed = view_rows(splats, frame.view, self.launcher.device)
+        first, last = packed.first, packed.first + packed.most
         if lists.region.num_tiles == 0 or packed.most == 0:
             if overwrite:
                 d_rows[first:last] = 0.0
@@ -114,7 +114,7 @@ class Rasterizer:
             ValueError: for splats that are not float32.
         """
         region = _region(size, rows)
-        packed = view_rows(splats, view)
+        packed = view_rows(splats, view, self.launcher.device)
         self.capacity.expect(packed.most)
         while True:
             scores = self._score(packed, region)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from masksplat.cuda.arena import Layout, Piece, bytes_of, raw
+from masksplat.cuda.arena import Layout, Piece, bytes_of, raw, rows_of
 from masksplat.cuda.launcher import Launcher
 from masksplat.types import TILE, Splats
 
@@ -59,14 +59,18 @@ class Region:
 
 
 class ViewRows(NamedTuple):
-    """The packed splats of one view: `most` rows, of which the first in_use[0] are there (all, when it is None)."""
+    """The packed splats of one view: `most` rows, of which the first in_use[0] are there (all, when it is None).
 
-    rows: Tensor
-    boxes: Tensor
-    depths: Tensor
-    ids: Tensor
-    in_use: Tensor | None
+    first: where they begin in the `Splats` whose pieces these are.
+    """
+
+    rows: Piece
+    boxes: Piece
+    depths: Piece
+    ids: Piece
+    in_use: Piece | None
     most: int
+    first: int
 
 
 class Zeros(NamedTuple):
@@ -135,7 +139,8 @@ class TileLists:
     @property
     def pairs(self) -> Tensor:
         """(tile rows,) int64: `Frame.pairs_per_row`."""
-        return bytes_of(self.zeros.memory, self.zeros.pairs).view(torch.int64)[: self.region.tile_rows]
+        piece = self.zeros.pairs._replace(size=8 * self.region.tile_rows)
+        return bytes_of(self.zeros.memory, piece).view(torch.int64)
 
 
 def blocks_of(count: int, threads: int = THREADS) -> int:
@@ -312,20 +317,19 @@ def _sort_by_tile(launcher: Launcher, view: ViewRows, lists: TileLists, scratch:
     )  # fmt: skip
 
 
-def view_rows(splats: Splats, view: int) -> ViewRows:
+def view_rows(splats: Splats, view: int, device: torch.device) -> ViewRows:
     """The rows of `view`; on the device, `counts` says how many are in use.
 
     Raises:
-        ValueError: for rows that are not float32.
+        ValueError: for rows that are not float32, or tensors that are not contiguous on `device`.
     """
     check_float32(rows=splats.rows, depths=splats.depths)
     first, last = splats.view_range(view)
-    rows, boxes, depths, ids = splats.rows, splats.boxes, splats.depths, splats.ids
-    if last - first != len(splats):
-        rows, boxes, depths, ids = rows[first:last], boxes[first:last], depths[first:last], ids[first:last]
+    columns = (splats.rows, splats.boxes, splats.depths, splats.ids)
+    rows, boxes, depths, ids = [rows_of(column, first, last, device) for column in columns]
     counts = splats.counts
-    in_use = counts if counts is None or view == 0 else counts[view:]
-    return ViewRows(rows.contiguous(), boxes.contiguous(), depths.contiguous(), ids.contiguous(), in_use, last - first)
+    in_use = None if counts is None else rows_of(counts, view, view + 1, device)
+    return ViewRows(rows, boxes, depths, ids, in_use, last - first, first)
 
 
 def check_float32(**tensors: Tensor | None) -> None:
