@@ -19,7 +19,7 @@ from torch import Tensor
 
 from masksplat.masks import mask_sample, mask_update
 from masksplat.random import MASK_PRUNE, uniform
-from masksplat.types import AdamStep
+from masksplat.types import AdamStep, Counted
 from scene.gaussians import GaussianTable
 from scene.row_edit import EditReport, RowEdit, TableEdit
 from strategies.base import Gate, LateNumber, Numbers, OneRank, RankReducer, spare_best
@@ -156,8 +156,8 @@ class MaskPruning:
         return AdamStep(rate, *hyper.betas, hyper.eps, table.num_updates + 1)
 
 
-def _pull(num_drawn: Tensor, num_all: int, weight: float) -> float | Tensor:
+def _pull(num_drawn: Tensor, num_all: int, weight: float) -> float | Counted:
     """The gradient of weight * mean(m)^2 by each sample; on a GPU it stays there."""
     if num_drawn.device.type == "cpu":
         return weight * 2 * (int(num_drawn) / num_all) / num_all
-    return num_drawn * (weight * 2 / num_all / num_all)
+    return Counted(num_drawn, weight * 2 / num_all / num_all)

@@ -26,6 +26,7 @@ from masksplat.types import (
     SLOT_NO_PIXEL,
     SLOT_UNSEEN,
     AdamStep,
+    Counted,
     Gaussians,
     Optimizer,
     ProjectionSettings,
@@ -390,15 +391,15 @@ def test_mask_sample(launcher: Launcher, count: int) -> None:
     torch.testing.assert_close(keep_gradient.cpu(), expected.keep_gradient, rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("is_tensor", [False, True])
-def test_mask_update(launcher: Launcher, is_tensor: bool) -> None:
+@pytest.mark.parametrize("is_counted", [False, True])
+def test_mask_update(launcher: Launcher, is_counted: bool) -> None:
     generator = torch.Generator().manual_seed(3)
     d_mask, keep, logits = (torch.randn(700, generator=generator) for _ in range(3))
     states = [[logits.clone().to(place), 0.1 * d_mask.to(place), 0.2 * (d_mask**2).to(place)]
               for place in ("cpu", launcher.device)]  # fmt: skip
     adam = AdamStep(0.02, 0.9, 0.999, 1e-15, 3)
     mask_update(*states[0], d_mask=d_mask, keep_gradient=keep, d_all=0.03, adam=adam)
-    d_all = torch.tensor(0.03, dtype=torch.float64, device=launcher.device) if is_tensor else 0.03
+    d_all = Counted(torch.tensor(15, device=launcher.device), 0.002) if is_counted else 0.03
     on_device = {"d_mask": d_mask.to(launcher.device), "keep_gradient": keep.to(launcher.device)}
     mask_kernels.update(launcher, *states[1], **on_device, d_all=d_all, adam=adam)
     assert not torch.equal(states[1][0].cpu(), logits)

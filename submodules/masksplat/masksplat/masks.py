@@ -20,7 +20,7 @@ from torch import Tensor
 
 from masksplat.cpu.mask import sample_kernel, update_kernel
 from masksplat.random import MASK_SAMPLE, require_key, uniform
-from masksplat.types import AdamStep
+from masksplat.types import AdamStep, Counted
 
 # Below these logits the derivative is 0 to the dtype's precision; exp(-logit) times 2^24 must not overflow.
 _LOWEST_LOGIT = {torch.float32: -60.0, torch.float64: -600.0}
@@ -82,7 +82,7 @@ def mask_update(
     *,
     d_mask: Tensor,
     keep_gradient: Tensor,
-    d_all: float | Tensor,
+    d_all: float | Counted,
     adam: AdamStep,
     status: Tensor | None = None,
 ) -> None:
@@ -90,7 +90,7 @@ def mask_update(
 
     Args: logits, exp_avg, exp_avg_sq: (N,) contiguous; d_mask: (N,) gradient of the loss by the hard sample;
     keep_gradient: (N,) of the same sample; d_all: a gradient that every sample gets on top (the regulariser's), a
-    number or () on the same device; status: the cuda body's status words, nothing is updated once they tell of an
+    number, or one that follows a count on the same device; status: the cuda body's status words, nothing is updated once they tell of an
     overflow.
     """
     if _has_kernels(logits):
@@ -118,7 +118,7 @@ def mask_update(
         keep_gradient.contiguous().numpy(),
         exp_avg.numpy(),
         exp_avg_sq.numpy(),
-        dtype.type(float(d_all)),
+        dtype.type(float(d_all.count) * d_all.factor if isinstance(d_all, Counted) else d_all),
         np.array(numbers, dtype),
     )
 
@@ -130,11 +130,12 @@ def mask_update_torch(
     *,
     d_mask: Tensor,
     keep_gradient: Tensor,
-    d_all: float | Tensor,
+    d_all: float | Counted,
     adam: AdamStep,
 ) -> None:
     """`mask_update` in torch operations, for any device and as the oracle of the kernel."""
-    gradient = (d_mask + d_all) * keep_gradient
+    added = d_all.count * d_all.factor if isinstance(d_all, Counted) else d_all
+    gradient = (d_mask + added) * keep_gradient
     exp_avg.mul_(adam.beta1).add_(gradient, alpha=1 - adam.beta1)
     exp_avg_sq.mul_(adam.beta2).addcmul_(gradient, gradient, value=1 - adam.beta2)
     step_size, correction = _bias_corrected(adam)

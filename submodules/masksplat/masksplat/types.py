@@ -194,6 +194,13 @@ class AdamStep(NamedTuple):
     drift: float = 0.0
 
 
+class Counted(NamedTuple):
+    """The number factor * count, where the count, () int64, is on the device and nobody has read it."""
+
+    count: Tensor
+    factor: float
+
+
 class Optimizer(NamedTuple):
     """Adam state of the six kernel attributes, in the order of `Gaussians`: moments in their shapes, one step each."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from masksplat.cuda.launcher import Launcher
 from masksplat.cuda.projection import adam_factors
 from masksplat.random import MASK_SAMPLE
-from masksplat.types import AdamStep
+from masksplat.types import AdamStep, Counted
 
 BLOCK = 256
 """Threads of a block, one Gaussian each."""
@@ -27,10 +27,12 @@ def sample(launcher: Launcher, logits: Tensor, ids: Tensor, seed: int, step: int
     Args:
         logits: (N,) float32, contiguous; ids: (N,) int64; seed: 64 bits; step: 32 bits.
     """
-    mask, keep_gradient = torch.empty_like(logits), torch.empty_like(logits)
-    num_drawn = torch.zeros((), dtype=torch.int64, device=logits.device)
+    count, device = logits.shape[0], logits.device
+    mask = torch.empty(count, dtype=torch.float32, device=device)
+    keep_gradient = torch.empty(count, dtype=torch.float32, device=device)
+    num_drawn = torch.zeros((), dtype=torch.int64, device=device)
     launcher(
-        "mask.sample", -(-len(logits) // BLOCK), BLOCK, logits, ids, np.int32(len(logits)), np.uint32(step),
+        "mask.sample", -(-count // BLOCK), BLOCK, logits, ids, count, np.uint32(step),
         np.uint32(MASK_SAMPLE), np.uint32(seed & WORD), np.uint32(seed >> 32), mask, keep_gradient, num_drawn,
     )  # fmt: skip
     return mask, keep_gradient, num_drawn
@@ -44,15 +46,14 @@ def update(
     *,
     d_mask: Tensor,
     keep_gradient: Tensor,
-    d_all: float | Tensor,
+    d_all: float | Counted,
     adam: AdamStep,
     status: Tensor | None = None,
 ) -> None:
     """One Adam update in place, unless an overflow is noted in `status`; arguments as `masksplat.masks.mask_update`."""
-    on_device = isinstance(d_all, Tensor)
+    num_drawn, factor = d_all if isinstance(d_all, Counted) else (None, d_all)
+    count = logits.shape[0]
     launcher(
-        "mask.update", -(-len(logits) // BLOCK), BLOCK, logits, d_mask, keep_gradient, exp_avg, exp_avg_sq,
-        np.int32(len(logits)), np.float32(0.0 if on_device else d_all),
-        d_all.to(torch.float32) if isinstance(d_all, Tensor) else None,
-        *(np.float32(value) for value in adam_factors(adam)), status,
+        "mask.update", -(-count // BLOCK), BLOCK, logits, d_mask, keep_gradient, exp_avg, exp_avg_sq,
+        count, factor, num_drawn, *adam_factors(adam), status,
     )  # fmt: skip

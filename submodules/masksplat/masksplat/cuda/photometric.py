@@ -41,7 +41,7 @@ def photometric(
     height, width, _ = _checked_shape(rgb, target)
     own_first, own_last = own_rows if own_rows is not None else (0, height)
     size, num_values = 3 * width, 3 * width * (image_height if image_height is not None else height)
-    d_rgb = torch.empty_like(rgb)
+    d_rgb = torch.empty(rgb.shape, dtype=torch.float32, device=rgb.device)
     if own_first >= own_last:
         nothing = torch.zeros(2, dtype=torch.float64, device=rgb.device)
         return PhotometricLoss(nothing, d_rgb.zero_())

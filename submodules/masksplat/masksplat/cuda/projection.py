@@ -70,14 +70,15 @@ def project(
     num_gaussians, num_views, like = len(gaussians), len(views), table[0]
     capacity = num_views * num_gaussians
     cameras, counts = _cameras_and_counts(launcher, views)
+    empty, device = torch.empty, like.device
     splats = Splats(
-        rows=like.new_empty((capacity, NUM_ROW_COLUMNS)),
-        depths=like.new_empty(capacity),
-        ids=like.new_empty(capacity, dtype=torch.int64),
-        gaussians=like.new_empty(capacity, dtype=torch.int32),
-        boxes=like.new_empty((capacity, 4), dtype=torch.int32),
+        rows=empty((capacity, NUM_ROW_COLUMNS), dtype=torch.float32, device=device),
+        depths=empty(capacity, dtype=torch.float32, device=device),
+        ids=empty(capacity, dtype=torch.int64, device=device),
+        gaussians=empty(capacity, dtype=torch.int32, device=device),
+        boxes=empty((capacity, 4), dtype=torch.int32, device=device),
         view_offsets=torch.tensor([view * num_gaussians for view in range(num_views + 1)]),
-        slots=like.new_empty((num_views, num_gaussians), dtype=torch.int32),
+        slots=empty((num_views, num_gaussians), dtype=torch.int32, device=device),
         state=ProjectionState(cameras),
         counts=counts,
     )

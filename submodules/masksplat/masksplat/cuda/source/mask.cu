@@ -31,17 +31,17 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     }
 }
 
-// One Adam update with the gradient (d_mask + d_all) * keep_gradient. d_all is `added` and, unless null, *d_all; a null
-// d_mask is 0.
+// One Adam update with the gradient (d_mask + d_all) * keep_gradient. d_all is `factor` and, unless null, times *num_drawn;
+// a null d_mask is 0.
 extern "C" __global__ void __launch_bounds__(BLOCK)
     update(float* __restrict__ logits, const float* __restrict__ d_mask, const float* __restrict__ keep_gradient,
-           float* __restrict__ first, float* __restrict__ second, int count, float added,
-           const float* __restrict__ d_all, float beta1, float beta2, float rate, float root, float eps,
+           float* __restrict__ first, float* __restrict__ second, int count, float factor,
+           const long long* __restrict__ num_drawn, float beta1, float beta2, float rate, float root, float eps,
            const int* __restrict__ status) {
     if (is_stopped(status)) return;
     const int i = blockIdx.x * BLOCK + threadIdx.x;
     if (i >= count) return;
-    const float every = added + (d_all == nullptr ? 0.0f : *d_all);
+    const float every = num_drawn == nullptr ? factor : __fmul_rn(factor, static_cast<float>(*num_drawn));
     const float own = d_mask == nullptr ? 0.0f : d_mask[i];
     float logit = logits[i], m = first[i], v = second[i];
     adam_value(logit, m, v, (own + every) * keep_gradient[i], {beta1, beta2, rate, root, eps, 1.0f});
