@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -37,6 +38,11 @@ class Region:
         """Pixel rows [start, stop) that are drawn: the own rows and the halo, within the view."""
         start, stop = self.own_rows(height)
         return max(start - halo, 0), min(stop + halo, height)
+
+    def frame_rows(self, height: int, halo: int = HALO) -> int:
+        """Rows of tiles of what is drawn: a frame's begin at its first row of pixels."""
+        first, last = self.drawn_rows(height, halo)
+        return -(-(last - first) // TILE)
 
     def own_pairs(self, pairs_per_row: np.ndarray, height: int, halo: int = HALO) -> np.ndarray:
         """(tile rows of this region,) int64: what each of them cost, from what was counted in the drawn rows.
@@ -91,6 +97,12 @@ class PixelPartition:
     def num_ranks(self) -> int:
         """W."""
         return len(self.regions)
+
+    @cached_property
+    def frame_rows(self) -> tuple[int, ...]:
+        """(W,) rows of tiles of all frames of each rank."""
+        heights = self.heights
+        return tuple(sum(region.frame_rows(heights[region.view]) for region in mine) for mine in self.regions)
 
     @classmethod
     def of_whole_views(cls, heights: Sequence[int], rank_of_view: Sequence[int], num_ranks: int) -> PixelPartition:

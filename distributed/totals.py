@@ -9,52 +9,84 @@ Letters: B views of the batch, W ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial, reduce
+from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from distributed.communicator import Communicator
-from distributed.pixels import PixelPartition, Region, num_tile_rows
-from masksplat.types import TILE
+from distributed.pixels import PixelPartition, num_tile_rows
 
 NUM_LOSSES = 2
 WORD, COUNT = 8, 4
 """Bytes of a float64 or int64, and of an int32."""
 
 
+class RankNumbers(NamedTuple):
+    """What one rank brought.
+
+    num_rows: its Gaussians; pairs: of each row of tiles of its frames, halos included; num_splats: (B,) of each view.
+    """
+
+    num_rows: int
+    pairs: np.ndarray
+    num_splats: np.ndarray
+
+
 @dataclass(frozen=True, eq=False)
 class StepNumbers:
     """What one step did, over all ranks.
 
-    l1, ssim: means over the views. num_pairs: pairs of pixel and splat that were evaluated, halos included.
-    pairs: for each view, (tile rows,) int64 pairs in its own rows. owned: (B, W) int64 splats that each rank has of
-    each view. rows: (W,) Gaussians of each rank while the step was drawn. num_drawn: masks of all ranks that were 1.
-    has_overflow: whether a buffer of a body was too small, so that nothing was updated.
+    l1, ssim: means over the views. num_drawn: masks that were 1. has_overflow: whether a buffer of a body was too
+    small, so that nothing was updated. The rest is worked out when somebody asks, which in a world of one few do.
     """
 
     l1: float
     ssim: float
-    num_pairs: int
-    owned: np.ndarray
-    rows: tuple[int, ...]
     num_drawn: int
     has_overflow: bool
-    pairs_of_views: Callable[[], tuple[np.ndarray, ...]]
+    partition: PixelPartition
+    of_ranks: tuple[RankNumbers, ...]
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """(W,) Gaussians of each rank while the step was drawn."""
+        return tuple(each.num_rows for each in self.of_ranks)
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of pixel and splat that were evaluated, halos included."""
+        return sum(int(each.pairs.sum()) for each in self.of_ranks)
 
     @cached_property
-    def pairs(self) -> tuple[np.ndarray, ...]:
-        """Worked out when somebody asks, which in a world of one nobody does."""
-        return self.pairs_of_views()
+    def owned(self) -> np.ndarray:
+        """(B, W) int64 splats that each rank has of each view."""
+        return np.stack([each.num_splats for each in self.of_ranks], axis=1).astype(np.int64)
 
     @property
     def num_splats(self) -> int:
         """Packed splats of all views and ranks."""
         return int(self.owned.sum())
+
+    @cached_property
+    def pairs(self) -> tuple[np.ndarray, ...]:
+        """For each view, (tile rows,) int64 pairs in its own rows."""
+        heights = self.partition.heights
+        found = tuple(np.zeros(num_tile_rows(height), np.int64) for height in heights)
+        for mine, each in zip(self.partition.regions, self.of_ranks, strict=True):
+            first = 0
+            for region in mine:
+                height = heights[region.view]
+                last = first + region.frame_rows(height)
+                own = region.own_pairs(each.pairs[first:last], height)
+                found[region.view][region.tile_start : region.tile_stop] = own
+                first = last
+        return found
 
     def image_loss(self, lambda_dssim: float) -> float:
         """(1 - lambda) L1 + lambda (1 - SSIM)."""
@@ -96,11 +128,12 @@ class StepTotals:
         Gaussians; num_drawn: () int64, those whose mask is 1; status: (8,) int32, the body's status words, of which the
         first gets the largest of all ranks.
         """
-        found = cls(partition, num_splats, num_rows, num_drawn, status.numel() * COUNT if status is not None else 0)
+        status_bytes = status.numel() * COUNT if status is not None else 0
         optional = [part for part in (num_drawn, status) if part is not None]
         parts = [_bytes(part) for part in (*optional, *losses, *pairs, num_splats)]
         if communicator.size == 1:  # few operations for a GPU's host, which knows how many rows there are
-            return replace(found, values=torch.cat(parts)[None])
+            return cls(partition, torch.cat(parts)[None], num_rows, num_drawn, status_bytes)
+        found = cls(partition, num_splats, num_rows, num_drawn, status_bytes)
         parts.insert(0, _bytes(num_splats.new_full((1,), num_rows, dtype=torch.int64)))
         lengths = [sum(found._sizes(rank)) for rank in range(communicator.size)]
         own = parts[0].new_empty(-(-max(lengths) // WORD) * WORD)
@@ -116,60 +149,36 @@ class StepTotals:
     def _sizes(self, rank: int) -> tuple[int, ...]:
         """Bytes of what a rank brings, in this order: its Gaussians, its masks that are 1, its status words, the two
         losses of each region, the pairs of each row of tiles of each frame, the splats of each view."""
-        mine, heights = self.partition.regions[rank], self.partition.heights
+        partition = self.partition
         return (
-            WORD if self.partition.num_ranks > 1 else 0,
+            WORD if partition.num_ranks > 1 else 0,
             WORD if self.num_drawn is not None else 0,
             self.status_bytes,
-            NUM_LOSSES * WORD * len(mine),
-            WORD * sum(_frame_rows(region, heights[region.view]) for region in mine),
-            COUNT * len(heights),
+            NUM_LOSSES * WORD * len(partition.regions[rank]),
+            WORD * partition.frame_rows[rank],
+            COUNT * len(partition.heights),
         )
 
     def numbers(self, fetched: Tensor) -> StepNumbers:
         """The numbers in `fetched`, what `values` holds, on the host."""
-        num_views, nothing = len(self.partition.heights), np.zeros(NUM_LOSSES)
-        rows, drawn, stops, losses, pairs, owned = [], [], [], [], [], []
+        l1 = ssim = 0.0
+        num_drawn, has_overflow, of_ranks = 0, False, []
         for rank, row in enumerate(fetched.numpy()):
-            bounds = [0, *accumulate(self._sizes(rank))]
-            cut = [row[start:stop] for start, stop in pairwise(bounds)]
-            rows.append(int(cut[0].view(np.int64)[0]) if len(cut[0]) else self.num_rows)
-            drawn.append(int(cut[1].view(np.int64)[0]) if len(cut[1]) else 0)
-            stops.append(bool(cut[2].view(np.int32)[:1].any()))
-            losses.append(reduce(np.add, cut[3].view(np.float64).reshape(-1, NUM_LOSSES), nothing))
-            pairs.append(cut[4].view(np.int64))
-            owned.append(cut[5].view(np.int32))
-        l1, ssim = reduce(np.add, losses).tolist()  # in the order of regions and ranks
-        return StepNumbers(
-            l1=l1 / num_views,
-            ssim=ssim / num_views,
-            num_pairs=sum(int(each.sum()) for each in pairs),
-            owned=np.stack(owned, axis=1).astype(np.int64),
-            rows=tuple(rows),
-            num_drawn=sum(drawn),
-            has_overflow=any(stops),
-            pairs_of_views=partial(self._pairs_of_views, pairs),
-        )
+            rows, drawn, status, losses, pairs, splats = _cut(row, self._sizes(rank))
+            num_drawn += int(drawn.view(np.int64).sum())
+            has_overflow |= bool(status.view(np.int32)[:1].any())
+            first, second = losses.view(np.float64).reshape(-1, NUM_LOSSES).T.tolist()
+            l1, ssim = l1 + sum(first), ssim + sum(second)  # in the order of ranks and regions
+            num_rows = int(rows.view(np.int64)[0]) if len(rows) else self.num_rows
+            of_ranks.append(RankNumbers(num_rows, pairs.view(np.int64), splats.view(np.int32)))
+        num_views = len(self.partition.heights)
+        return StepNumbers(l1 / num_views, ssim / num_views, num_drawn, has_overflow, self.partition, tuple(of_ranks))
 
-    def _pairs_of_views(self, pairs: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
-        """(tile rows,) of each view, from the rows of tiles of the frames of each rank, halos included."""
-        heights = self.partition.heights
-        found = tuple(np.zeros(num_tile_rows(height), np.int64) for height in heights)
-        for mine, drawn in zip(self.partition.regions, pairs, strict=True):
-            first = 0
-            for region in mine:
-                height = heights[region.view]
-                last = first + _frame_rows(region, height)
-                found[region.view][region.tile_start : region.tile_stop] = region.own_pairs(drawn[first:last], height)
-                first = last
-        return found
+
+def _cut(row: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
+    bounds = [0, *accumulate(sizes)]
+    return [row[start:stop] for start, stop in pairwise(bounds)]
 
 
 def _bytes(values: Tensor) -> Tensor:
-    return values.reshape(-1).view(torch.uint8)
-
-
-def _frame_rows(region: Region, height: int) -> int:
-    """Rows of tiles of the region's frame in a view of that height: they begin at its first drawn row of pixels."""
-    first, last = region.drawn_rows(height)
-    return -(-(last - first) // TILE)
+    return values.view(-1).view(torch.uint8)

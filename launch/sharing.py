@@ -72,7 +72,7 @@ class LocalViews:
 
 @dataclass(frozen=True)
 class _Decision:
-    """What a step draws. expected: (W,) loads by the costs that the partition was made with; None: they never change."""
+    """What a step draws. expected: (W,) loads by the costs that decided; None: these never change."""
 
     views: tuple[int, ...]
     partition: PixelPartition

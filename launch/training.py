@@ -170,11 +170,10 @@ class Training:
 
     @cached_property
     def _base_rates(self) -> dict[str, float]:
-        """Learning rates of KERNEL_ATTRIBUTES as the flags give them; that of the means has a schedule of its own."""
-        specs = {spec.name: spec for spec in self.table.attributes}
-        flags = self.config.optimization
+        """Learning rates of KERNEL_ATTRIBUTES as the flags give them; for the means, that of the first step."""
+        specs, flags = {spec.name: spec for spec in self.table.attributes}, self.config.optimization
         return {
-            name: 0.0 if name == "means" else getattr(flags, specs[name].learning_rate) * specs[name].learning_rate_factor
+            name: getattr(flags, specs[name].learning_rate) * specs[name].learning_rate_factor
             for name in KERNEL_ATTRIBUTES
         }
 

@@ -29,9 +29,9 @@ class PixelSource(Protocol):
 class DeviceImages:
     """The photos of a `PixelSource`, as tensors of a device; the same bytes, whatever the budget.
 
-    Photos are kept in device memory up to `byte_budget` bytes, those used longest ago go first. For a strip of one that
-    is not there, the photo is uploaded while there is room for it, the strip alone when others would have to go. Uploads
-    go through pinned memory and never block the host.
+    Photos are kept in device memory up to `byte_budget` bytes, those used longest ago go first. For a strip of a photo
+    that is not there, all of it is uploaded while there is room, the strip alone when others would have to go.
+    Uploads go through pinned memory and never block the host.
     """
 
     def __init__(self, source: PixelSource, device: torch.device, *, byte_budget: int) -> None:

@@ -90,8 +90,8 @@ def mask_update(
 
     Args: logits, exp_avg, exp_avg_sq: (N,) contiguous; d_mask: (N,) gradient of the loss by the hard sample;
     keep_gradient: (N,) of the same sample; d_all: a gradient that every sample gets on top (the regulariser's), a
-    number, or one that follows a count on the same device; status: the cuda body's status words, nothing is updated once they tell of an
-    overflow.
+    number, or one that follows a count on the same device; status: the cuda body's status words, nothing is updated
+    once they tell of an overflow.
     """
     if _has_kernels(logits):
         from masksplat.cuda import devices, mask
@@ -118,7 +118,7 @@ def mask_update(
         keep_gradient.contiguous().numpy(),
         exp_avg.numpy(),
         exp_avg_sq.numpy(),
-        dtype.type(float(d_all.count) * d_all.factor if isinstance(d_all, Counted) else d_all),
+        dtype.type(float(d_all.num) * d_all.factor if isinstance(d_all, Counted) else d_all),
         np.array(numbers, dtype),
     )
 
@@ -134,7 +134,7 @@ def mask_update_torch(
     adam: AdamStep,
 ) -> None:
     """`mask_update` in torch operations, for any device and as the oracle of the kernel."""
-    added = d_all.count * d_all.factor if isinstance(d_all, Counted) else d_all
+    added = d_all.num * d_all.factor if isinstance(d_all, Counted) else d_all
     gradient = (d_mask + added) * keep_gradient
     exp_avg.mul_(adam.beta1).add_(gradient, alpha=1 - adam.beta1)
     exp_avg_sq.mul_(adam.beta2).addcmul_(gradient, gradient, value=1 - adam.beta2)

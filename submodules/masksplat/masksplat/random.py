@@ -6,7 +6,8 @@ The counter is (id low, id high, step, stream), the key (seed low, seed high). T
 draws depends on its id alone, never on its row, its rank or on how many Gaussians there are.
 
 Three bodies that agree bit for bit: ``philox`` (torch int64, any device), ``philox_numba`` (scalar, callable in numba
-kernels) and the one of the CUDA kernels. This module knows nothing of masks or Gaussians beyond the names of the streams.
+kernels) and the one of the CUDA kernels. This module knows nothing of masks or Gaussians beyond the names of the
+streams.
 
 Legend: ``N`` ids.
 """

@@ -195,9 +195,9 @@ class AdamStep(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """The number factor * count, where the count, () int64, is on the device and nobody has read it."""
+    """The number factor * num, where `num`, () int64, is on the device and nobody has read it."""
 
-    count: Tensor
+    num: Tensor
     factor: float
 
 

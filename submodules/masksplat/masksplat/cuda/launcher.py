@@ -160,15 +160,19 @@ class DeviceLauncher:
     ) -> None:
         """Start a kernel on the current device; `packers` are this thread's."""
         values: list[Any] = []
-        for argument in arguments:  # 0.2 us a tensor
-            if isinstance(argument, Piece):
-                values.append(argument[0])
+        add, index = values.append, self._index
+        for argument in arguments:  # 0.05 us a number or piece, 0.25 us a tensor
+            kind = argument.__class__
+            if kind is int or kind is float:
+                add(argument)
+            elif kind is Piece:
+                add(argument[0])  # type: ignore[index]
             elif isinstance(argument, Tensor):
-                if argument.get_device() != self._index or not argument.is_contiguous():
+                if argument.get_device() != index or not argument.is_contiguous():
                     raise self._refusal(kernel, argument)
-                values.append(argument.data_ptr())
+                add(argument.data_ptr())
             else:
-                values.append(0 if argument is None else argument)
+                add(0 if argument is None else argument)
         loaded = self._kernels.get(kernel) or self.load(kernel)
         packer = packers.get(kernel)
         if packer is None:
@@ -180,7 +184,7 @@ class DeviceLauncher:
         if shared_bytes > FREE_SHARED_BYTES and shared_bytes > self._shared_limits.get(kernel, 0):
             self._raise_shared_limit(kernel, shared_bytes)
         (status,) = self._start(
-            loaded.handle, *_three(grid), *_three(block), shared_bytes, self._stream_handle(self._index), 0, packer.extra
+            loaded.handle, *_three(grid), *_three(block), shared_bytes, self._stream_handle(index), 0, packer.extra
         )
         if status != self._success:
             raise RuntimeError(f"{kernel} on {grid} blocks of {block} threads was not started: {status}")
@@ -229,7 +233,7 @@ def _load_driver() -> Any:
 
 
 def _three(extent: Extent) -> tuple[int, ...]:
-    return (extent, 1, 1) if isinstance(extent, int) else (*extent, 1, 1)[:3]
+    return (extent, 1, 1) if extent.__class__ is int else (*extent, 1, 1)[:3]  # type: ignore[misc]
 
 
 def _format(kernel: str, argument: Argument, size: int) -> str:

@@ -81,7 +81,7 @@ class Rasterizer:
         if lists.num_buckets == 0:
             raise ValueError("this frame was made with has_backward=False; rasterize it with the default")
         check_float32(d_rgb=d_rgb, d_rows=d_rows, d_transmittance=d_transmittance)
-        packed = view_rows(splats, frame.view, self.launcher.device)
+        packed = lists.view
         first, last = packed.first, packed.first + packed.most
         if lists.region.num_tiles == 0 or packed.most == 0:
             if overwrite:

@@ -76,6 +76,7 @@ class ViewRows(NamedTuple):
 class Zeros(NamedTuple):
     """What the kernels count in, all zero at first; pieces of `memory`."""
 
+    memory: Tensor
     ranges: Piece  # (tiles, 2) int32
     totals: Piece  # (TOTAL_WORDS,) int32, see source/totals.cuh
     bucket_counter: Piece  # int32
@@ -86,12 +87,12 @@ class Zeros(NamedTuple):
     prepare_words: Piece
     emit_words: Piece
     pairs: Piece  # (tile rows,) int64
-    memory: Tensor
 
 
 class Kept(NamedTuple):
     """What a frame keeps for its backward, pieces of `memory`; see source/binning.cu and source/rasterize.cu."""
 
+    memory: Tensor
     rows: Piece  # (instances,) int32 row of the view, by tile and depth
     instances: Piece  # (instances,) int32 number of the instance
     first_instances: Piece  # (most rows + 1,) int32
@@ -101,12 +102,12 @@ class Kept(NamedTuple):
     buckets: Piece  # (buckets, 2) int32
     alive: Piece  # (buckets, SUBTILES) uint32
     checkpoints: Piece  # (buckets, 256, 4) float32
-    memory: Tensor
 
 
 class Scratch(NamedTuple):
     """Memory of one binning, pieces of `memory`: two of what is sorted back and forth."""
 
+    memory: Tensor
     keys: tuple[Piece, Piece]
     orders: tuple[Piece, Piece]
     tiles: tuple[Piece, Piece]
@@ -114,13 +115,13 @@ class Scratch(NamedTuple):
     instances: Piece
     depth_words: Piece  # the kernels clear as much as they need
     tile_words: Piece
-    memory: Tensor
 
 
 @dataclass
 class TileLists:
-    """The lists of a region and room for what compositing leaves behind."""
+    """The lists of a region, the rows that they were made from, and room for what compositing leaves behind."""
 
+    view: ViewRows
     region: Region
     zeros: Zeros
     kept: Kept
@@ -218,20 +219,20 @@ def _scratch_layout(region: Region, most: int, num_instances: int) -> Layout:
 def _make_zeros(region: Region, most: int, device: torch.device) -> Zeros:
     layout = _zeros_layout(region, most)
     memory = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device)
-    return Zeros(*layout.cut(memory), memory)
+    return Zeros(memory, *layout.cut(memory))
 
 
 def _make_kept(region: Region, most: int, num_instances: int, num_buckets: int, device: torch.device) -> Kept:
     layout = _kept_layout(region, most, num_instances, num_buckets)
     memory = raw(layout, device)
-    return Kept(*layout.cut(memory), memory)
+    return Kept(memory, *layout.cut(memory))
 
 
 def _make_scratch(region: Region, most: int, num_instances: int, device: torch.device) -> Scratch:
     layout = _scratch_layout(region, most, num_instances)
     memory = raw(layout, device)
     cut = layout.cut(memory)
-    return Scratch((cut[0], cut[1]), (cut[2], cut[3]), (cut[4], cut[5]), *cut[6:], memory)
+    return Scratch(memory, (cut[0], cut[1]), (cut[2], cut[3]), (cut[4], cut[5]), *cut[6:])
 
 
 def make_tile_lists(
@@ -251,7 +252,7 @@ def make_tile_lists(
     device = launcher.device
     zeros = _make_zeros(region, view.most, device)
     kept = _make_kept(region, view.most, num_instances, num_buckets, device)
-    lists = TileLists(region, zeros, kept, num_instances, num_buckets)
+    lists = TileLists(view, region, zeros, kept, num_instances, num_buckets)
     if view.most > 0 and region.num_tiles > 0:
         scratch = _make_scratch(region, view.most, num_instances, device)
         _prepare(launcher, view, lists, scratch, status)
