@@ -163,7 +163,7 @@ class StepTotals:
         """The numbers in `fetched`, what `values` holds, on the host."""
         l1 = ssim = 0.0
         num_drawn, has_overflow, of_ranks = 0, False, []
-        for rank, row in enumerate(fetched.numpy()):
+        for rank, row in enumerate(fetched.numpy().copy()):  # the memory is not ours to keep
             rows, drawn, status, losses, pairs, splats = _cut(row, self._sizes(rank))
             num_drawn += int(drawn.view(np.int64).sum())
             has_overflow |= bool(status.view(np.int32)[:1].any())

@@ -30,20 +30,28 @@ class Fetched:
     arrived: torch.cuda.Event | None
 
     @classmethod
-    def start(cls, values: Sequence[Tensor]) -> Fetched:
-        """Begin to copy `values`, all of one device, to the host."""
+    def start(cls, values: Sequence[Tensor], *, over: Fetched | None = None) -> Fetched:
+        """Begin to copy `values`, all of one device, to the host.
+
+        Args: over: one that has arrived and that nobody looks at any more; its memory is used again where it fits.
+        """
         if not values or values[0].device.type != "cuda":
             return cls(tuple(value.detach().clone() for value in values), None)
-        copies = []
-        for value in values:
-            copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-            copies.append(copy.copy_(value, non_blocking=True))
-        arrived = torch.cuda.Event()
+        free = over.copies if over is not None else ()
+        if [_kind(value) for value in values] != [_kind(copy) for copy in free]:
+            free = tuple(torch.empty(value.shape, dtype=value.dtype, pin_memory=True) for value in values)
+        for copy, value in zip(free, values, strict=True):
+            copy.copy_(value, non_blocking=True)
+        arrived = over.arrived if over is not None and over.arrived is not None else torch.cuda.Event()
         arrived.record()
-        return cls(tuple(copies), arrived)
+        return cls(free, arrived)
 
     def wait(self) -> tuple[Tensor, ...]:
         """The values, on the host."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.copies
+
+
+def _kind(values: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return values.shape, values.dtype

@@ -45,6 +45,7 @@ class LateSteps:
         self._recorder = recorder
         self._watch = overflow_watch(training.body)
         self._pending: deque[_Pending] = deque()
+        self._free: list[Fetched] = []  # have been read
 
     def make_way(self, window: Window) -> int | None:
         """Get ready for a step: one that looks at the table waits for all before it, and is complete when it returns.
@@ -60,7 +61,8 @@ class LateSteps:
 
     def add(self, step: int, window: Window, result: StepResult, learned: Numbers) -> None:
         """A step was queued; its numbers start on their way to the host."""
-        fetched = Fetched.start([result.totals.values, *_other_sources(learned, result.totals)])
+        sources = [result.totals.values, *_other_sources(learned, result.totals)]
+        fetched = Fetched.start(sources, over=self._free.pop() if self._free else None)
         self._pending.append(_Pending(step, window, result.exchanged, result.totals, learned, fetched))
 
     def keep_up(self) -> int | None:
@@ -79,6 +81,7 @@ class LateSteps:
             if numbers.has_overflow and self._watch is not None:
                 return self._go_back(pending.step, self._watch)
             self._finish(pending, numbers, others)
+            self._free.append(pending.fetched)
         return None
 
     def _go_back(self, step: int, watch: OverflowWatch) -> int:
