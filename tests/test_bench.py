@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import bench.measuring as measuring
-from bench import rasterize_cpu, train_profile
+from bench import host_time, rasterize_cpu, train_profile
 from bench.contenders import contenders, difference, measure
 from bench.exact_pairs import PairCount, count_view
 from bench.measuring import Spread, repeat
@@ -198,3 +198,15 @@ def test_profile_of_a_training_and_of_its_model(generated_scene, tmp_path, capsy
     assert {"rasterize", "rasterize backward", "loss", "project", "between phases"} <= whole["seconds"].keys()
     assert min(whole["seconds"].values()) >= 0.0 and math.isclose(sum(whole["seconds"].values()), whole["total"])
     assert capsys.readouterr().out.count("whole step") == 2
+
+
+def test_host_time_of_every_part_of_a_step(generated_scene, capsys):
+    arguments = ["-s", str(generated_scene), "--iterations", "8", "--bsz", "2"]
+    assert host_time.main(arguments) == 0
+    table = {line[:22].strip(): line[22:].split() for line in capsys.readouterr().out.splitlines()}
+    rows = {name: numbers for name, numbers in table.items() if numbers and numbers[0] == "4"}
+    assert {"train_step", "draw and update", "masks: sample", "late numbers: start"} <= rows.keys()
+    assert all(float(numbers[-1]) <= float(rows["train_step"][-1]) + 0.01 for numbers in rows.values())
+    from train import train_step
+
+    assert train_step.__name__ == "train_step"  # what was replaced is back

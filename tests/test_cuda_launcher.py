@@ -150,7 +150,7 @@ def test_plain_numbers_and_pieces_do_as_well(device: DeviceLauncher, driver: Fak
 
 def test_arguments_lie_where_the_kernel_expects_them() -> None:
     packer = Packer("apart", ((0, 4), (8, 8), (16, 4)), (np.uint32(1), None, 2.0))
-    packer.pack([np.uint32(7), 1 << 40, 0.5])
+    packer.pack(np.uint32(7), 1 << 40, 0.5)
     buffer, size = (ctypes.c_uint64 * 4).from_address(packer.extra)[1::2]
     assert ctypes.string_at(buffer, ctypes.c_size_t.from_address(size).value) == struct.pack("=I4xQf", 7, 1 << 40, 0.5)
 

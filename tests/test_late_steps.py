@@ -83,7 +83,7 @@ def trained(
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     records = [record for record in lines if record["kind"] in ("step", "edit", "evaluation", "mask_histogram")]
     for record in records:
-        for name in [name for name in record if name in TIMES or "memory" in name]:
+        for name in [name for name in record if name in TIMES or "memory" in name or "peak" in name]:
             del record[name]
     return Outcome(training.table, records, returns)
 

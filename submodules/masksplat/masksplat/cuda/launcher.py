@@ -8,6 +8,7 @@ against `Launcher`; tests give it one that runs the same sources on the CPU.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import struct
 import threading
@@ -90,11 +91,8 @@ class Packer:
         )
         self.extra = ctypes.addressof(self._extra)
         """What cuLaunchKernel takes as `extra`."""
-        self._pack_into = packing.pack_into
-
-    def pack(self, values: list[Any]) -> None:
-        """Put the arguments of the next launch where `extra` points to. Raises: struct.error, OverflowError."""
-        self._pack_into(self._buffer, 0, *values)
+        self.pack = functools.partial(packing.pack_into, self._buffer, 0)
+        """Puts what it is given, numbers and addresses, where `extra` points to; raises struct.error, OverflowError."""
 
 
 class LoadedKernel(NamedTuple):
@@ -178,7 +176,7 @@ class DeviceLauncher:
         if packer is None:
             packer = packers[kernel] = Packer(kernel, loaded.places, arguments)
         try:
-            packer.pack(values)
+            packer.pack(*values)
         except (struct.error, OverflowError) as error:
             raise ValueError(f"{kernel} was given {arguments}: {error}") from error
         if shared_bytes > FREE_SHARED_BYTES and shared_bytes > self._shared_limits.get(kernel, 0):

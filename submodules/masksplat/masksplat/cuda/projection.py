@@ -138,8 +138,8 @@ def project_backward_update(
     table = _checked_table(gaussians, settings, is_updated=True)
     for moment in (*optimizer.exp_avg, *optimizer.exp_avg_sq):
         _check_in_place("a moment", moment)
-    for name, sums in statistics._asdict().items():
-        _check_dtype(name, sums, torch.float32)
+    _check_dtype("grad_norm_sum", statistics.grad_norm_sum, torch.float32)
+    _check_dtype("view_count", statistics.view_count, torch.float32)
     d_masks = torch.empty_like(table[3])
     factors = np.array([(*adam_factors(step), gradient_scale, step.drift) for step in optimizer.steps], np.float32)
     launcher(
