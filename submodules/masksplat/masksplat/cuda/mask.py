@@ -55,5 +55,5 @@ def update(
     count = logits.shape[0]
     launcher(
         "mask.update", -(-count // BLOCK), BLOCK, logits, d_mask, keep_gradient, exp_avg, exp_avg_sq,
-        count, factor, num_drawn, *adam_factors(adam), status,
+        count, float(factor), num_drawn, *adam_factors(adam), status,
     )  # fmt: skip
