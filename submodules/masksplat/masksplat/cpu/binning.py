@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from masksplat.cpu.footprint import NUM_FOOTPRINT, tiles_of_row, write_footprint
+from masksplat.cpu.footprint import NUM_FOOTPRINT, is_large, tiles_of_row, write_footprint
 from masksplat.cpu.kernel import device, kernel
 from masksplat.cpu.threads import ThreadTeam
 from masksplat.types import TILE
@@ -92,7 +92,8 @@ def _tile_rows(boxes, s, region):
 def _count(task, num_tasks, rows, boxes, footprints, region, counts, offsets):
     """Footprints, instances per tile (of this task) and, at offsets[s + 1], instances of splat s."""
     for s in range(task * boxes.shape[0] // num_tasks, (task + 1) * boxes.shape[0] // num_tasks):
-        write_footprint(footprints, rows, boxes, s)
+        if is_large(boxes, s):
+            write_footprint(footprints, rows, boxes, s)
         first_row, last_row = _tile_rows(boxes, s, region)
         total = 0
         for tile_row in range(first_row, last_row):

@@ -47,6 +47,10 @@ def _llvm_integer_vector(dtype: types.Float) -> ir.VectorType:
     return ir.VectorType(ir.IntType(dtype.bitwidth), LANES)
 
 
+def _mantissa_bits(dtype: types.Float) -> int:
+    return 23 if dtype.bitwidth == 32 else 52
+
+
 def _splat(builder: ir.IRBuilder, vector: ir.VectorType, value: ir.Value) -> ir.Value:
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
     lanes = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
@@ -198,10 +202,10 @@ def power_of_two(typingctx: Any, a: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         dtype = signature.return_type.dtype
         integers = _llvm_integer_vector(dtype)
-        bias, mantissa_bits = (127, 23) if dtype.bitwidth == 32 else (1023, 52)
+        bias = 127 if dtype.bitwidth == 32 else 1023
         exponent = builder.fptosi(args[0], integers)
         biased = builder.add(exponent, ir.Constant(integers, [bias] * LANES))
-        return builder.bitcast(builder.shl(biased, ir.Constant(integers, [mantissa_bits] * LANES)), _llvm_vector(dtype))
+        return builder.bitcast(builder.shl(biased, ir.Constant(integers, [_mantissa_bits(dtype)] * LANES)), _llvm_vector(dtype))
 
     return a(a), codegen
 
@@ -221,6 +225,36 @@ select_ge = _make_select(">=")
 """select_ge(a, b, x, y): per lane x where a >= b, else y."""
 select_gt = _make_select(">")
 """select_gt(a, b, x, y): per lane x where a > b, else y."""
+
+
+@intrinsic
+def round_to_binary_point(typingctx: Any, a: Any) -> Any:
+    """(nearest integer of each lane, that integer in the form that `scale_by_power` takes); |lanes| < 2^21.
+
+    Adding 1.5 * 2^mantissa_bits leaves no bits behind the binary point and the integer in the lowest bits.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        dtype = signature.args[0].dtype
+        magic = ir.Constant(_llvm_vector(dtype), [1.5 * 2.0 ** _mantissa_bits(dtype)] * LANES)
+        shifted = builder.fadd(args[0], magic)
+        return context.make_tuple(builder, signature.return_type, [builder.fsub(shifted, magic), shifted])
+
+    return types.UniTuple(a, 2)(a), codegen
+
+
+@intrinsic
+def scale_by_power(typingctx: Any, a: Any, shifted: Any) -> Any:
+    """A * 2 ** n for the n that `round_to_binary_point` gave as `shifted`; the result must be a normal number."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        dtype = signature.return_type.dtype
+        integers = _llvm_integer_vector(dtype)
+        bits, power = (builder.bitcast(value, integers) for value in args)
+        exponent = builder.shl(power, ir.Constant(integers, [_mantissa_bits(dtype)] * LANES))
+        return builder.bitcast(builder.add(bits, exponent), _llvm_vector(dtype))
+
+    return a(a, shifted), codegen
 
 
 @intrinsic
@@ -252,6 +286,48 @@ def horizontal_sum(typingctx: Any, a: Any) -> Any:
         return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
 
     return a.dtype(a), codegen
+
+
+@intrinsic
+def sums_of_eight(typingctx: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> Any:
+    """Vector whose lane k is the sum of the lanes of the k-th argument, in the order of `horizontal_sum`.
+
+    Each step adds halves of two vectors: 7 additions for all eight sums, not 24.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        rows, width = list(args), LANES // 2
+        while width >= 1:
+            # Row k takes the sums of the low and row k + width those of the high halves of what they hold.
+            low = [lane + (lane & width and LANES - width) for lane in range(LANES)]
+            high = [lane + width if not lane & width else lane + LANES for lane in range(LANES)]
+            pairs = [(rows[k], rows[k + width]) for k in range(width)]
+            rows = [
+                builder.fadd(*(builder.shuffle_vector(*pair, _lane_numbers(lanes)) for lanes in (low, high)))
+                for pair in pairs
+            ]
+            width //= 2
+        return rows[0]
+
+    return a(a, b, c, d, e, f, g, h), codegen
+
+
+@intrinsic
+def lowest_bit(typingctx: Any, bits: Any) -> Any:
+    """Place of the lowest bit that is set; undefined for 0."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(64)
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(word, [word, ir.IntType(1)]), "llvm.cttz.i64"
+        )
+        return builder.call(function, [args[0], ir.Constant(ir.IntType(1), 1)])
+
+    return types.int64(types.int64), codegen
+
+
+def _lane_numbers(lanes: list[int]) -> ir.Constant:
+    return ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
 
 
 def _make_binary(operation: str) -> Any:
