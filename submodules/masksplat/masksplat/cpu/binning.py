@@ -35,8 +35,8 @@ class TileLists:
     num_rows: int
     footprints: Array  # (V, 5) float64
     tile_offsets: Array  # (T + 1,) int64 into the two lists below
-    splats: Array  # (I,) int32 splat of the view, front to back within a tile
-    instances: Array  # (I,) int32 number of the instance
+    splats: Array  # (I,) uint32 splat of the view, front to back within a tile
+    instances: Array  # (I,) uint32 number of the instance
     instance_offsets: Array  # (V + 1,) int64: instances of splat s are [s], ..., [s + 1] - 1
 
     @property
@@ -67,7 +67,7 @@ def bin_splats(
     tile_offsets = np.zeros(num_tiles + 1, np.int64)
     np.cumsum(per_tile, out=tile_offsets[1:])
     cursors = np.cumsum(counts, axis=0) - counts + tile_offsets[:-1]
-    splats, instances = np.empty(int(tile_offsets[-1]), np.int32), np.empty(int(tile_offsets[-1]), np.int32)
+    splats, instances = np.empty(int(tile_offsets[-1]), np.uint32), np.empty(int(tile_offsets[-1]), np.uint32)
     team.run(_emit, NUM_CHUNKS, rows, boxes, footprints, region, cursors, instance_offsets, splats, instances)
     longest = int(per_tile.max(initial=0))
     team.run(_sort_tiles, NUM_CHUNKS, tile_offsets, longest, sort_keys(depths), ids, splats, instances)
@@ -124,7 +124,7 @@ def _emit(task, num_tasks, rows, boxes, footprints, region, cursors, offsets, sp
 @kernel
 def _sort_tiles(task, num_tasks, tile_offsets, longest, keys, ids, splats, instances):
     """Sort the lists of tiles task, task + num_tasks, ... front to back; equal depths in the order of their ids."""
-    spare_splats, spare_instances = np.empty(longest, np.int32), np.empty(longest, np.int32)
+    spare_splats, spare_instances = np.empty(longest, np.uint32), np.empty(longest, np.uint32)
     ends = np.empty(NUM_DIGITS, np.int64)
     for tile in range(task, tile_offsets.size - 1, num_tasks):
         start, count = tile_offsets[tile], tile_offsets[tile + 1] - tile_offsets[tile]

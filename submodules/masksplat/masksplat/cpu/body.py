@@ -20,6 +20,7 @@ from masksplat.cpu.rasterize import rasterize_tiles
 from masksplat.cpu.rasterize_backward import rasterize_backward_tiles, sum_instances
 from masksplat.cpu.scores import score_tiles, sum_scores
 from masksplat.cpu.threads import ThreadTeam
+from masksplat.cpu.tile import tile_constants
 from masksplat.cpu.update import update_rows
 from masksplat.types import (
     NUM_ROW_COLUMNS,
@@ -169,7 +170,7 @@ class CpuBody:
         ends, pairs = np.zeros(lists.num_tiles, np.int64), np.zeros(lists.num_tiles, np.int64)
         covers = np.empty(lists.num_instances, np.uint32)
         self.team.run(
-            rasterize_tiles, self.num_tasks, packed, boxes, lists.footprints, lists.tile_offsets, lists.splats, region,
+            rasterize_tiles, self.num_tasks, tile_constants(packed.dtype), packed, boxes, lists.footprints, lists.tile_offsets, lists.splats, region,
             _array(background), rgb, transmittance, ends, covers, pairs,
         )  # fmt: skip
         per_row = torch.from_numpy(pairs.reshape(lists.num_rows, lists.num_columns).sum(axis=1))
@@ -203,7 +204,7 @@ class CpuBody:
         if d_transmittance is not None:
             d_light = _array(d_transmittance)
         self.team.run(
-            rasterize_backward_tiles, self.num_tasks, packed, lists.tile_offsets, lists.splats, lists.instances,
+            rasterize_backward_tiles, self.num_tasks, tile_constants(packed.dtype), packed, lists.tile_offsets, lists.splats, lists.instances,
             state.region, _array(frame.rgb), _array(frame.transmittance), state.ends, state.covers, _array(d_rgb),
             d_light, sums,
         )  # fmt: skip
@@ -254,7 +255,7 @@ class CpuBody:
         packed, boxes = _view_arrays(splats, view)
         scores = np.empty((lists.num_instances, 2), packed.dtype)
         self.team.run(
-            score_tiles, self.num_tasks, packed, boxes, lists.footprints, lists.tile_offsets, lists.splats,
+            score_tiles, self.num_tasks, tile_constants(packed.dtype), packed, boxes, lists.footprints, lists.tile_offsets, lists.splats,
             lists.instances, region, scores,
         )  # fmt: skip
         maximum, total = np.zeros(packed.shape[0], packed.dtype), np.zeros(packed.shape[0], packed.dtype)

@@ -10,23 +10,21 @@ from __future__ import annotations
 import numpy as np
 
 from masksplat.cpu.kernel import device, kernel
-from masksplat.cpu.simd import LANES, broadcast, fma, load, lowest_bit, store
+from masksplat.cpu.simd import LANES, broadcast, fma, load, lowest_bit, num_bits, store, vectors_of
 from masksplat.cpu.tile import (
     CHECK_EVERY,
     LIGHT,
     NUM_BLOCKS,
+    NUM_CONSTANTS,
     advance,
-    block_alpha,
-    constants,
     cover_of,
     living_blocks,
-    offsets,
     plane_index,
     prefetch_splat,
-    reaches_light,
     splat_colour,
     splat_shape,
     start_tile,
+    write_alphas,
 )
 from masksplat.types import TILE
 
@@ -36,7 +34,7 @@ NUM_PLANES = 6
 
 @kernel
 def rasterize_tiles(
-    task, num_tasks, rows, boxes, footprints, tile_offsets, splats, region, background, rgb, transmittance, ends, covers,
+    task, num_tasks, constants, rows, boxes, footprints, tile_offsets, splats, region, background, rgb, transmittance, ends, covers,
     pairs,
 ):  # fmt: skip
     """Composite the tiles task, task + num_tasks, ... into rgb (h, w, 3) and transmittance (h, w).
@@ -46,6 +44,8 @@ def rasterize_tiles(
     pairs[tile] to the number of evaluated (pixel, splat) pairs.
     """
     pixels = np.empty(NUM_BLOCKS * NUM_PLANES * LANES, rgb.dtype)
+    alphas = np.empty(NUM_BLOCKS * LANES, rgb.dtype)
+    numbers = vectors_of(constants, NUM_CONSTANTS)
     for tile in range(task, tile_offsets.size - 1, num_tasks):
         tile_x = (tile % region[2]) * TILE
         tile_y = region[0] + (tile // region[2]) * TILE
@@ -62,8 +62,8 @@ def rasterize_tiles(
             s = splats[position]
             cover = cover_of(boxes, footprints, rows, s, tile_x, tile_y) & alive
             if rows[s, 9] != 0:
-                cover, blocks = composite(rows, s, cover, tile_x, tile_y, pixels)
-                evaluated += blocks
+                evaluated += num_bits(cover)
+                cover = composite(numbers, rows, s, cover, tile_x, tile_y, pixels, alphas)
             covers[position] = cover
             position += 1
         ends[tile] = position
@@ -72,28 +72,22 @@ def rasterize_tiles(
 
 
 @device
-def composite(rows, s, cover, tile_x, tile_y, pixels):
-    """Put one splat over the blocks of `cover`; returns the cover of those it changed, and how many it looked at."""
-    limits = constants(pixels)
-    shape = splat_shape(rows, s, tile_x, tile_y)
+def composite(constants, rows, s, cover, tile_x, tile_y, pixels, alphas):
+    """Put one splat over the blocks of `cover`; returns the cover of those that it reaches."""
     mask = broadcast(rows[s, 9])
     red, green, blue = splat_colour(rows, s)
-    changed, blocks = 0, 0
-    while cover != 0:
-        block = lowest_bit(cover)
-        cover &= cover - 1
-        at = block * NUM_PLANES * LANES
-        before = load(pixels, at + LIGHT)
-        dx, dy = offsets(pixels, at, shape)
-        alpha, _ = block_alpha(shape, dx, dy, limits)
-        changed |= int(reaches_light(before, alpha, limits[0])) << block
-        light, weight = advance(before, mask * alpha, limits)
+    reached = write_alphas(constants, splat_shape(rows, s, tile_x, tile_y), cover, pixels, NUM_PLANES, alphas)
+    at_alpha, rest = 0, reached
+    while rest != 0:
+        at = lowest_bit(rest) * NUM_PLANES * LANES
+        rest &= rest - 1
+        light, weight = advance(load(pixels, at + LIGHT), mask * load(alphas, at_alpha), constants)
+        at_alpha += LANES
         store(pixels, at + LIGHT, light)
         store(pixels, at + RED, fma(weight, red, load(pixels, at + RED)))
         store(pixels, at + GREEN, fma(weight, green, load(pixels, at + GREEN)))
         store(pixels, at + BLUE, fma(weight, blue, load(pixels, at + BLUE)))
-        blocks += 1
-    return changed, blocks
+    return reached
 
 
 @kernel

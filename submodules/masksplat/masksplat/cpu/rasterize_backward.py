@@ -25,29 +25,36 @@ from masksplat.cpu.simd import (
     horizontal_sum,
     load,
     lowest_bit,
-    prefetch,
+    prefetch_row,
+    prefetch_to_write,
     select_ge,
     select_gt,
     store,
     sums_of_eight,
+    vectors_of,
+    zeros_like,
 )
 from masksplat.cpu.tile import (
     LIGHT,
     NUM_BLOCKS,
+    NUM_CONSTANTS,
     PREFETCH_AHEAD,
     advance,
     block_alpha,
-    constants,
     offsets,
     plane_index,
     splat_colour,
     splat_shape,
     start_tile,
+    write_alphas,
 )
 from masksplat.types import NUM_ROW_COLUMNS, TILE
 
 BEHIND, G_RED, G_GREEN, G_BLUE = (LIGHT + k * LANES for k in range(1, 5))
 NUM_PLANES = 7
+
+UNCAPPED = 0.98
+"""Splats of a smaller opacity are capped in no pixel, however alpha was rounded."""
 
 XX, XY, YY, X, Y, P = range(6)
 """Columns of the moments in an instance's sums; colour and mask follow as in `Splats.rows`."""
@@ -55,11 +62,13 @@ XX, XY, YY, X, Y, P = range(6)
 
 @kernel
 def rasterize_backward_tiles(
-    task, num_tasks, rows, tile_offsets, splats, instances, region, rgb, transmittance, ends, covers, d_rgb,
+    task, num_tasks, constants, rows, tile_offsets, splats, instances, region, rgb, transmittance, ends, covers, d_rgb,
     d_transmittance, sums,
 ):  # fmt: skip
     """Write the sums of every instance of the tiles task, task + num_tasks, ... to sums[10 * instance : ...]."""
     pixels = np.empty(NUM_BLOCKS * NUM_PLANES * LANES, rgb.dtype)
+    alphas = np.empty(NUM_BLOCKS * LANES, rgb.dtype)
+    numbers = vectors_of(constants, NUM_CONSTANTS)
     for tile in range(task, tile_offsets.size - 1, num_tasks):
         tile_x = (tile % region[2]) * TILE
         tile_y = region[0] + (tile // region[2]) * TILE
@@ -68,12 +77,16 @@ def rasterize_backward_tiles(
         read_tile(rgb, transmittance, d_rgb, d_transmittance, pixels, tile_x, tile_y - region[0], width, height)
         for position in range(tile_offsets[tile], ends[tile]):
             ahead = min(position + PREFETCH_AHEAD, ends[tile] - 1)
-            prefetch(rows, splats[ahead])
+            prefetch_row(rows, splats[ahead])
+            prefetch_to_write(sums, instances[ahead] * NUM_ROW_COLUMNS)
+            prefetch_to_write(sums, instances[ahead] * NUM_ROW_COLUMNS + NUM_ROW_COLUMNS - 1)
             s, cover, out = splats[position], covers[position], instances[position] * NUM_ROW_COLUMNS
-            if rows[s, 9] != 0:
-                sampled(rows, s, cover, tile_x, tile_y, pixels, sums, out)
+            if rows[s, 9] == 1 and rows[s, 5] < UNCAPPED:
+                plain(numbers, rows, s, cover, tile_x, tile_y, pixels, alphas, sums, out)
+            elif rows[s, 9] != 0:
+                sampled(numbers, rows, s, cover, tile_x, tile_y, pixels, sums, out)
             else:
-                unsampled(rows, s, cover, tile_x, tile_y, pixels, sums, out)
+                unsampled(numbers, rows, s, cover, tile_x, tile_y, pixels, sums, out)
         for position in range(ends[tile], tile_offsets[tile + 1]):
             for column in range(NUM_ROW_COLUMNS):
                 sums[instances[position] * NUM_ROW_COLUMNS + column] = 0
@@ -94,11 +107,43 @@ def read_tile(rgb, transmittance, d_rgb, d_transmittance, pixels, tile_x, top, w
 
 
 @device
-def sampled(rows, s, cover, tile_x, tile_y, pixels, sums, out):
+def plain(constants, rows, s, cover, tile_x, tile_y, pixels, alphas, sums, out):
+    """All ten sums of one splat with m = 1 that no pixel caps: what nearly every splat is, hence few instructions.
+
+    p = alpha dL/da, and dL/dm is the sum of p.
+    """
+    one, shape, colour = constants[0], splat_shape(rows, s, tile_x, tile_y), splat_colour(rows, s)
+    zero = zeros_like(one)
+    s_0 = s_x = s_y = s_xx = s_xy = s_yy = d_red = d_green = d_blue = zero
+    rest, at_alpha = write_alphas(constants, shape, cover, pixels, NUM_PLANES, alphas), 0
+    while rest != 0:
+        at = lowest_bit(rest) * NUM_PLANES * LANES
+        rest &= rest - 1
+        alpha = load(alphas, at_alpha)
+        at_alpha += LANES
+        light, weight = advance(load(pixels, at + LIGHT), alpha, constants)
+        store(pixels, at + LIGHT, light)
+        # Where the pixel has ended, or ends here, the splat has no part in the image.
+        odds = select_gt(light, zero, alpha / (one - alpha), zero)
+        g_red, g_green, g_blue = load(pixels, at + G_RED), load(pixels, at + G_GREEN), load(pixels, at + G_BLUE)
+        d_red, d_green, d_blue = fma(weight, g_red, d_red), fma(weight, g_green, d_green), fma(weight, g_blue, d_blue)
+        share = weight * fma(g_red, colour[0], fma(g_green, colour[1], g_blue * colour[2]))
+        remaining = load(pixels, at + BEHIND) - share
+        store(pixels, at + BEHIND, remaining)
+        power = share - remaining * odds
+        dx, dy = offsets(pixels, at, shape)
+        moment_x, moment_y = power * dx, power * dy
+        s_0, s_x, s_y = s_0 + power, s_x + moment_x, s_y + moment_y
+        s_xx, s_xy, s_yy = fma(moment_x, dx, s_xx), fma(moment_x, dy, s_xy), fma(moment_y, dy, s_yy)
+    store(sums, out, sums_of_eight(s_xx, s_xy, s_yy, s_x, s_y, s_0, d_red, d_green))
+    sums[out + 8], sums[out + 9] = horizontal_sum(d_blue), sums[out + P]
+
+
+@device
+def sampled(constants, rows, s, cover, tile_x, tile_y, pixels, sums, out):
     """All ten sums of one splat with m != 0 over the blocks of `cover`."""
-    real = pixels.dtype.type
-    limits = constants(pixels)
-    zero, one, mask = limits[0], broadcast(real(1)), broadcast(rows[s, 9])
+    one, alpha_max, mask = constants[0], constants[1], broadcast(rows[s, 9])
+    zero = zeros_like(one)
     shape = splat_shape(rows, s, tile_x, tile_y)
     colour = splat_colour(rows, s)
     s_0 = s_x = s_y = s_xx = s_xy = s_yy = d_red = d_green = d_blue = d_mask = zero
@@ -107,9 +152,9 @@ def sampled(rows, s, cover, tile_x, tile_y, pixels, sums, out):
         cover &= cover - 1
         before = load(pixels, at + LIGHT)
         dx, dy = offsets(pixels, at, shape)
-        alpha, uncapped = block_alpha(shape, dx, dy, limits)
+        alpha, uncapped = block_alpha(shape, dx, dy, constants)
         effective = mask * alpha
-        light, weight = advance(before, effective, limits)
+        light, weight = advance(before, effective, constants)
         store(pixels, at + LIGHT, light)
         g_red, g_green, g_blue = load(pixels, at + G_RED), load(pixels, at + G_GREEN), load(pixels, at + G_BLUE)
         d_red, d_green, d_blue = fma(weight, g_red, d_red), fma(weight, g_green, d_green), fma(weight, g_blue, d_blue)
@@ -120,7 +165,7 @@ def sampled(rows, s, cover, tile_x, tile_y, pixels, sums, out):
         accepted = select_gt(light, zero, alpha, zero)
         shared = accepted * (before * g_colour - remaining / (one - effective))
         d_mask = d_mask + shared
-        power = select_gt(uncapped, limits[1], zero, mask * shared)
+        power = select_gt(uncapped, alpha_max, zero, mask * shared)
         moment_x, moment_y = power * dx, power * dy
         s_0, s_x, s_y = s_0 + power, s_x + moment_x, s_y + moment_y
         s_xx, s_xy, s_yy = fma(moment_x, dx, s_xx), fma(moment_x, dy, s_xy), fma(moment_y, dy, s_yy)
@@ -129,10 +174,9 @@ def sampled(rows, s, cover, tile_x, tile_y, pixels, sums, out):
 
 
 @device
-def unsampled(rows, s, cover, tile_x, tile_y, pixels, sums, out):
+def unsampled(constants, rows, s, cover, tile_x, tile_y, pixels, sums, out):
     """Only the mask's gradient of a splat with m = 0, alpha (T g . c - S); no pixel is touched."""
-    limits = constants(pixels)
-    zero = limits[0]
+    zero = zeros_like(constants[0])
     shape = splat_shape(rows, s, tile_x, tile_y)
     red, green, blue = splat_colour(rows, s)
     d_mask = zero
@@ -141,7 +185,7 @@ def unsampled(rows, s, cover, tile_x, tile_y, pixels, sums, out):
         cover &= cover - 1
         before = load(pixels, at + LIGHT)
         dx, dy = offsets(pixels, at, shape)
-        alpha, _ = block_alpha(shape, dx, dy, limits)
+        alpha, _ = block_alpha(shape, dx, dy, constants)
         g_colour = fma(load(pixels, at + G_GREEN), green, load(pixels, at + G_BLUE) * blue)
         g_colour = fma(load(pixels, at + G_RED), red, g_colour)
         accepted = select_gt(before, zero, alpha, zero)

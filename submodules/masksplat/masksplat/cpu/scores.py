@@ -6,14 +6,14 @@ from __future__ import annotations
 import numpy as np
 
 from masksplat.cpu.kernel import device, kernel
-from masksplat.cpu.simd import LANES, broadcast, load, lowest_bit, store
+from masksplat.cpu.simd import LANES, broadcast, load, lowest_bit, store, vectors_of
 from masksplat.cpu.tile import (
     CHECK_EVERY,
     LIGHT,
     NUM_BLOCKS,
+    NUM_CONSTANTS,
     advance,
     block_alpha,
-    constants,
     cover_of,
     living_blocks,
     offsets,
@@ -26,9 +26,10 @@ NUM_PLANES = 3
 
 
 @kernel
-def score_tiles(task, num_tasks, rows, boxes, footprints, tile_offsets, splats, instances, region, scores):
+def score_tiles(task, num_tasks, constants, rows, boxes, footprints, tile_offsets, splats, instances, region, scores):
     """scores[instance] = (max, sum) of m alpha T over the tile's accepted pixels."""
     pixels, weights = np.empty(NUM_BLOCKS * NUM_PLANES * LANES, rows.dtype), np.empty(LANES, rows.dtype)
+    numbers = vectors_of(constants, NUM_CONSTANTS)
     for tile in range(task, tile_offsets.size - 1, num_tasks):
         tile_x = (tile % region[2]) * TILE
         tile_y = region[0] + (tile // region[2]) * TILE
@@ -41,20 +42,19 @@ def score_tiles(task, num_tasks, rows, boxes, footprints, tile_offsets, splats, 
             scores[out, 0], scores[out, 1] = 0, 0
             if rows[s, 9] != 0 and alive != 0:
                 cover = cover_of(boxes, footprints, rows, s, tile_x, tile_y) & alive
-                score(rows, s, cover, tile_x, tile_y, pixels, weights, scores, out)
+                score(numbers, rows, s, cover, tile_x, tile_y, pixels, weights, scores, out)
 
 
 @device
-def score(rows, s, cover, tile_x, tile_y, pixels, weights, scores, out):
+def score(constants, rows, s, cover, tile_x, tile_y, pixels, weights, scores, out):
     """Pass one splat over the blocks of `cover` and add its blending weights to scores[out] = (max, sum)."""
-    limits = constants(pixels)
     shape, mask = splat_shape(rows, s, tile_x, tile_y), broadcast(rows[s, 9])
     while cover != 0:
         at = lowest_bit(cover) * NUM_PLANES * LANES
         cover &= cover - 1
         dx, dy = offsets(pixels, at, shape)
-        alpha, _ = block_alpha(shape, dx, dy, limits)
-        light, weight = advance(load(pixels, at + LIGHT), mask * alpha, limits)
+        alpha, _ = block_alpha(shape, dx, dy, constants)
+        light, weight = advance(load(pixels, at + LIGHT), mask * alpha, constants)
         store(pixels, at + LIGHT, light)
         store_weights(weight, weights, scores, out)
 

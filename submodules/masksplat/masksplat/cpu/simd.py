@@ -18,6 +18,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models
+from numba.core.errors import RequireLiteralValue
 from numba.extending import intrinsic, overload, register_model
 
 LANES = 8
@@ -147,22 +148,41 @@ def transpose(typingctx: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g:
 
 
 @intrinsic
-def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
-    """Ask for the cache line of array[index, 0] of a contiguous 2-D array; any index is harmless."""
+def prefetch_row(typingctx: Any, array: Any, index: Any) -> Any:
+    """Ask for array[index] of a contiguous 2-D array, whose rows lie in at most two cache lines; any index is harmless."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array_value = context.make_array(signature.args[0])(context, builder, args[0])
-        stride = cgutils.unpack_tuple(builder, array_value.strides)[0]
-        byte_pointer = ir.IntType(8).as_pointer()
-        pointer = builder.gep(builder.bitcast(array_value.data, byte_pointer), [builder.mul(args[1], stride)])
-        number = ir.IntType(32)
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), [byte_pointer] + [number] * 3), "llvm.prefetch.p0"
-        )
-        builder.call(function, [pointer, *(ir.Constant(number, k) for k in (0, 3, 1))])
+        columns = cgutils.unpack_tuple(builder, array_value.shape)[1]
+        first = builder.mul(args[1], columns)
+        last = builder.add(first, builder.sub(columns, ir.Constant(columns.type, 1)))
+        for place in (first, last):
+            _prefetch(builder, builder.gep(array_value.data, [place]), is_write=False)
         return context.get_dummy_value()
 
     return types.void(array, types.intp), codegen
+
+
+@intrinsic
+def prefetch_to_write(typingctx: Any, array: Any, index: Any) -> Any:
+    """Ask for the cache line of array[index] of a contiguous 1-D array that will be written; any index is harmless."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array_value = context.make_array(signature.args[0])(context, builder, args[0])
+        _prefetch(builder, builder.gep(array_value.data, [args[1]]), is_write=True)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
+
+
+def _prefetch(builder: ir.IRBuilder, pointer: ir.Value, *, is_write: bool) -> None:
+    byte_pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ir.VoidType(), [byte_pointer] + [number] * 3), "llvm.prefetch.p0"
+    )
+    locality, data = 3, 1
+    flags = (ir.Constant(number, k) for k in (int(is_write), locality, data))
+    builder.call(function, [builder.bitcast(pointer, byte_pointer), *flags])
 
 
 @intrinsic
@@ -228,24 +248,8 @@ select_gt = _make_select(">")
 
 
 @intrinsic
-def round_to_binary_point(typingctx: Any, a: Any) -> Any:
-    """(nearest integer of each lane, that integer in the form that `scale_by_power` takes); |lanes| < 2^21.
-
-    Adding 1.5 * 2^mantissa_bits leaves no bits behind the binary point and the integer in the lowest bits.
-    """
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        dtype = signature.args[0].dtype
-        magic = ir.Constant(_llvm_vector(dtype), [1.5 * 2.0 ** _mantissa_bits(dtype)] * LANES)
-        shifted = builder.fadd(args[0], magic)
-        return context.make_tuple(builder, signature.return_type, [builder.fsub(shifted, magic), shifted])
-
-    return types.UniTuple(a, 2)(a), codegen
-
-
-@intrinsic
 def scale_by_power(typingctx: Any, a: Any, shifted: Any) -> Any:
-    """A * 2 ** n for the n that `round_to_binary_point` gave as `shifted`; the result must be a normal number."""
+    """A * 2 ** n where the lowest bits of `shifted` are the integer n; the result must be a normal number."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         dtype = signature.return_type.dtype
@@ -255,6 +259,47 @@ def scale_by_power(typingctx: Any, a: Any, shifted: Any) -> Any:
         return builder.bitcast(builder.add(bits, exponent), _llvm_vector(dtype))
 
     return a(a, shifted), codegen
+
+
+@intrinsic
+def zeros_like(typingctx: Any, a: Any) -> Any:
+    """Vector of zeros of a's type."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(_llvm_vector(signature.return_type.dtype), [0.0] * LANES)
+
+    return a(a), codegen
+
+
+@intrinsic
+def minus_magnitude(typingctx: Any, a: Any) -> Any:
+    """-|a| of every lane."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fneg(_call(builder, "fabs", _llvm_vector(signature.return_type.dtype), args))
+
+    return a(a), codegen
+
+
+@intrinsic
+def vectors_of(typingctx: Any, array: Any, count: Any) -> Any:
+    """Tuple of `count` (a literal) vectors: entry k of a contiguous 1-D array in every lane of the k-th.
+
+    Numbers that inner loops need come from memory in this way: LLVM keeps them as whole vectors, which instructions
+    read as operands, while it would build a compile-time constant anew in every turn, by two more instructions each.
+    """
+    if not isinstance(count, types.IntegerLiteral):
+        raise RequireLiteralValue("count must be a literal")
+    vector = VectorType(array.dtype)
+    result = types.UniTuple(vector, count.literal_value)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        places = (builder.gep(data, [ir.Constant(ir.IntType(64), k)]) for k in range(signature.return_type.count))
+        values = [_splat(builder, _llvm_vector(array.dtype), builder.load(place)) for place in places]
+        return context.make_tuple(builder, signature.return_type, values)
+
+    return result(array, count), codegen
 
 
 @intrinsic
@@ -322,6 +367,18 @@ def lowest_bit(typingctx: Any, bits: Any) -> Any:
             builder.module, ir.FunctionType(word, [word, ir.IntType(1)]), "llvm.cttz.i64"
         )
         return builder.call(function, [args[0], ir.Constant(ir.IntType(1), 1)])
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def num_bits(typingctx: Any, bits: Any) -> Any:
+    """How many bits are set."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(64)
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(word, [word]), "llvm.ctpop.i64")
+        return builder.call(function, args)
 
     return types.int64(types.int64), codegen
 

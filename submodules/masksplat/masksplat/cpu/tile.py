@@ -14,14 +14,30 @@ did something; those are all the backward visits.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
-from masksplat.cpu.exponential import exp2
+from masksplat.cpu.exponential import exp2, exp2_constants
 from masksplat.cpu.footprint import is_large, span_of_band
 from masksplat.cpu.kernel import device
-from masksplat.cpu.simd import LANES, any_positive, broadcast, fma, load, prefetch, select_ge, select_gt, store
+from masksplat.cpu.simd import (
+    LANES,
+    any_positive,
+    broadcast,
+    fma,
+    load,
+    lowest_bit,
+    minus_magnitude,
+    prefetch_row,
+    select_ge,
+    select_gt,
+    store,
+    zeros_like,
+)
 from masksplat.types import ALPHA_MAX, ALPHA_MIN, TILE, TRANSMITTANCE_MIN
+
+Array = np.ndarray[Any, Any]
 
 BLOCK_WIDTH, BLOCK_HEIGHT = 4, 2
 BLOCK_COLUMNS, BLOCK_ROWS = TILE // BLOCK_WIDTH, TILE // BLOCK_HEIGHT
@@ -31,6 +47,9 @@ EVERY_ROW = sum(1 << (BLOCK_COLUMNS * row) for row in range(BLOCK_ROWS))
 
 CENTRE_X, CENTRE_Y, LIGHT = 0, LANES, 2 * LANES
 """Planes that every tile array begins with: where the pixels' centres are in the tile, and their transmittance."""
+
+NUM_CONSTANTS, FIRST_OF_EXP2 = 20, 4
+"""1, largest and smallest alpha, smallest transmittance, then those of exp2; what is left over is 0."""
 
 LOG2_E = 1.4426950408889634
 
@@ -124,49 +143,63 @@ def offsets(pixels, at, shape):
 
 
 @device
-def block_alpha(shape, dx, dy, limits):
+def block_alpha(shape, dx, dy, constants):
     """(alpha, uncapped) with uncapped = opacity * exp(-(a dx^2 + c dy^2) / 2 - b dx dy); alpha is at most 0.99, or 0.
 
-    `limits` comes from `constants`. The one expression that every kernel evaluates.
+    The one expression that every kernel evaluates.
     """
-    zero, alpha_max, alpha_min, _ = limits
-    uncapped = shape[3] * exp2(fma(fma(shape[0], dx, shape[1] * dy), dx, shape[2] * dy * dy))
+    alpha_max, alpha_min = constants[1], constants[2]
+    power = fma(fma(shape[0], dx, shape[1] * dy), dx, shape[2] * dy * dy)
+    uncapped = shape[3] * exp2(power, constants[FIRST_OF_EXP2:])
     alpha = select_gt(uncapped, alpha_max, alpha_max, uncapped)
-    return select_ge(uncapped, alpha_min, alpha, zero), uncapped
+    return select_ge(uncapped, alpha_min, alpha, zeros_like(alpha)), uncapped
 
 
 @device
-def reaches_light(before, alpha, zero):
-    """True when some pixel that has not ended (`before` > 0) is reached by the splat."""
-    return any_positive(select_gt(before, zero, alpha, zero))
+def write_alphas(constants, shape, cover, pixels, num_planes, alphas):
+    """Write alpha of the blocks of `cover` that the splat reaches to `alphas`, one after the other; returns their cover.
+
+    Apart from what is done with alpha: together they would be one chain of dependent instructions, too long for the
+    processor to look beyond. Two short ones overlap with those of the blocks behind them.
+    """
+    reached, at_alpha = 0, 0
+    while cover != 0:
+        block = lowest_bit(cover)
+        cover &= cover - 1
+        dx, dy = offsets(pixels, block * num_planes * LANES, shape)
+        alpha, _ = block_alpha(shape, dx, dy, constants)
+        store(alphas, at_alpha, alpha)
+        is_reached = int(any_positive(alpha))
+        reached |= is_reached << block
+        at_alpha += is_reached * LANES
+    return reached
 
 
 @device
-def advance(before, effective, limits):
+def advance(before, effective, constants):
     """(transmittance behind, weight a T) of pixels with transmittance `before` and `effective` = mask * alpha.
 
     A pixel ends before the splat that would bring T below 1e-4: it keeps its T with a minus sign, and the weight is 0.
     """
-    zero, minimum = limits[0], limits[3]
+    minimum = constants[3]
     product = before * effective
     after = before - product
     # Of an ended pixel `after` is negative as well: it stays as it is.
-    ended = select_gt(before, zero, zero - before, before)
-    return select_ge(after, minimum, after, ended), select_ge(after, minimum, product, zero)
+    light = select_ge(after, minimum, after, minus_magnitude(before))
+    return light, select_ge(after, minimum, product, zeros_like(product))
 
 
 @device
 def prefetch_splat(position, stop, splats, rows, boxes):
     """Ask for the splat that the tile will need PREFETCH_AHEAD positions later: lists jump about in memory."""
     s = splats[min(position + PREFETCH_AHEAD, stop - 1)]
-    prefetch(rows, s)
-    prefetch(boxes, s)
+    prefetch_row(rows, s)
+    prefetch_row(boxes, s)
 
 
-@device
-def constants(array):
-    """(zero, largest alpha, smallest alpha, smallest transmittance) as vectors of the array's dtype."""
-    real = array.dtype.type
-    return broadcast(real(0)), broadcast(real(ALPHA_MAX)), broadcast(real(ALPHA_MIN)), broadcast(
-        real(TRANSMITTANCE_MIN)
-    )
+def tile_constants(dtype: Any) -> Array:
+    """The numbers (NUM_CONSTANTS,) that the kernels compare with and raise 2 to a power by, for `vectors_of`."""
+    numbers = np.zeros(NUM_CONSTANTS, dtype)
+    values = (1.0, ALPHA_MAX, ALPHA_MIN, TRANSMITTANCE_MIN, *exp2_constants(dtype))
+    numbers[: len(values)] = values
+    return numbers
