@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from masksplat.cpu.kernel import device, kernel
-from masksplat.cpu.simd import LANES, broadcast, fma, load, lowest_bit, num_bits, store, vectors_of
+from masksplat.cpu.simd import LANES, any_positive, broadcast, fma, load, lowest_bit, num_bits, store, vectors_of
 from masksplat.cpu.tile import (
     CHECK_EVERY,
     LIGHT,
@@ -76,13 +76,16 @@ def composite(constants, rows, s, cover, tile_x, tile_y, pixels, alphas):
     """Put one splat over the blocks of `cover`; returns the cover of those that it reaches."""
     mask = broadcast(rows[s, 9])
     red, green, blue = splat_colour(rows, s)
-    reached = write_alphas(constants, splat_shape(rows, s, tile_x, tile_y), cover, pixels, NUM_PLANES, alphas)
-    at_alpha, rest = 0, reached
-    while rest != 0:
-        at = lowest_bit(rest) * NUM_PLANES * LANES
-        rest &= rest - 1
-        light, weight = advance(load(pixels, at + LIGHT), mask * load(alphas, at_alpha), constants)
+    write_alphas(constants, splat_shape(rows, s, tile_x, tile_y), cover, pixels, NUM_PLANES, alphas)
+    reached, at_alpha = 0, 0
+    while cover != 0:
+        block = lowest_bit(cover)
+        cover &= cover - 1
+        alpha = load(alphas, at_alpha)
         at_alpha += LANES
+        reached |= int(any_positive(alpha)) << block
+        at = block * NUM_PLANES * LANES
+        light, weight = advance(load(pixels, at + LIGHT), mask * alpha, constants)
         store(pixels, at + LIGHT, light)
         store(pixels, at + RED, fma(weight, red, load(pixels, at + RED)))
         store(pixels, at + GREEN, fma(weight, green, load(pixels, at + GREEN)))

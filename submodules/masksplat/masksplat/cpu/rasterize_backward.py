@@ -115,10 +115,11 @@ def plain(constants, rows, s, cover, tile_x, tile_y, pixels, alphas, sums, out):
     one, shape, colour = constants[0], splat_shape(rows, s, tile_x, tile_y), splat_colour(rows, s)
     zero = zeros_like(one)
     s_0 = s_x = s_y = s_xx = s_xy = s_yy = d_red = d_green = d_blue = zero
-    rest, at_alpha = write_alphas(constants, shape, cover, pixels, NUM_PLANES, alphas), 0
-    while rest != 0:
-        at = lowest_bit(rest) * NUM_PLANES * LANES
-        rest &= rest - 1
+    write_alphas(constants, shape, cover, pixels, NUM_PLANES, alphas)
+    at_alpha = 0
+    while cover != 0:
+        at = lowest_bit(cover) * NUM_PLANES * LANES
+        cover &= cover - 1
         alpha = load(alphas, at_alpha)
         at_alpha += LANES
         light, weight = advance(load(pixels, at + LIGHT), alpha, constants)

@@ -157,22 +157,18 @@ def block_alpha(shape, dx, dy, constants):
 
 @device
 def write_alphas(constants, shape, cover, pixels, num_planes, alphas):
-    """Write alpha of the blocks of `cover` that the splat reaches to `alphas`, one after the other; returns their cover.
+    """Write alpha of the blocks of `cover` to `alphas`, one after the other.
 
     Apart from what is done with alpha: together they would be one chain of dependent instructions, too long for the
     processor to look beyond. Two short ones overlap with those of the blocks behind them.
     """
-    reached, at_alpha = 0, 0
+    at_alpha = 0
     while cover != 0:
-        block = lowest_bit(cover)
+        dx, dy = offsets(pixels, lowest_bit(cover) * num_planes * LANES, shape)
         cover &= cover - 1
-        dx, dy = offsets(pixels, block * num_planes * LANES, shape)
         alpha, _ = block_alpha(shape, dx, dy, constants)
         store(alphas, at_alpha, alpha)
-        is_reached = int(any_positive(alpha))
-        reached |= is_reached << block
-        at_alpha += is_reached * LANES
-    return reached
+        at_alpha += LANES
 
 
 @device
