@@ -53,9 +53,6 @@ from masksplat.types import NUM_ROW_COLUMNS, TILE
 BEHIND, G_RED, G_GREEN, G_BLUE = (LIGHT + k * LANES for k in range(1, 5))
 NUM_PLANES = 7
 
-UNCAPPED = 0.98
-"""Splats of a smaller opacity are capped in no pixel, however alpha was rounded."""
-
 XX, XY, YY, X, Y, P = range(6)
 """Columns of the moments in an instance's sums; colour and mask follow as in `Splats.rows`."""
 
@@ -81,10 +78,8 @@ def rasterize_backward_tiles(
             prefetch_to_write(sums, instances[ahead] * NUM_ROW_COLUMNS)
             prefetch_to_write(sums, instances[ahead] * NUM_ROW_COLUMNS + NUM_ROW_COLUMNS - 1)
             s, cover, out = splats[position], covers[position], instances[position] * NUM_ROW_COLUMNS
-            if rows[s, 9] == 1 and rows[s, 5] < UNCAPPED:
-                plain(numbers, rows, s, cover, tile_x, tile_y, pixels, alphas, sums, out)
-            elif rows[s, 9] != 0:
-                sampled(numbers, rows, s, cover, tile_x, tile_y, pixels, sums, out)
+            if rows[s, 9] != 0:
+                sampled(numbers, rows, s, cover, tile_x, tile_y, pixels, alphas, sums, out)
             else:
                 unsampled(numbers, rows, s, cover, tile_x, tile_y, pixels, sums, out)
         for position in range(ends[tile], tile_offsets[tile + 1]):
@@ -107,14 +102,12 @@ def read_tile(rgb, transmittance, d_rgb, d_transmittance, pixels, tile_x, top, w
 
 
 @device
-def plain(constants, rows, s, cover, tile_x, tile_y, pixels, alphas, sums, out):
-    """All ten sums of one splat with m = 1 that no pixel caps: what nearly every splat is, hence few instructions.
-
-    p = alpha dL/da, and dL/dm is the sum of p.
-    """
-    one, shape, colour = constants[0], splat_shape(rows, s, tile_x, tile_y), splat_colour(rows, s)
+def sampled(constants, rows, s, cover, tile_x, tile_y, pixels, alphas, sums, out):
+    """All ten sums of one splat with m != 0 over the blocks of `cover`."""
+    one, alpha_max, mask = constants[0], constants[1], broadcast(rows[s, 9])
+    shape, colour = splat_shape(rows, s, tile_x, tile_y), splat_colour(rows, s)
     zero = zeros_like(one)
-    s_0 = s_x = s_y = s_xx = s_xy = s_yy = d_red = d_green = d_blue = zero
+    s_0 = s_x = s_y = s_xx = s_xy = s_yy = d_red = d_green = d_blue = d_mask = zero
     write_alphas(constants, shape, cover, pixels, NUM_PLANES, alphas)
     at_alpha = 0
     while cover != 0:
@@ -122,56 +115,25 @@ def plain(constants, rows, s, cover, tile_x, tile_y, pixels, alphas, sums, out):
         cover &= cover - 1
         alpha = load(alphas, at_alpha)
         at_alpha += LANES
-        light, weight = advance(load(pixels, at + LIGHT), alpha, constants)
+        effective = mask * alpha
+        light, weight = advance(load(pixels, at + LIGHT), effective, constants)
         store(pixels, at + LIGHT, light)
-        # Where the pixel has ended, or ends here, the splat has no part in the image.
-        odds = select_gt(light, zero, alpha / (one - alpha), zero)
+        # Where the pixel has ended, or ends here, the splat has no part in the image. The quotient waits for nothing.
+        odds = select_gt(light, zero, effective / (one - effective), zero)
         g_red, g_green, g_blue = load(pixels, at + G_RED), load(pixels, at + G_GREEN), load(pixels, at + G_BLUE)
         d_red, d_green, d_blue = fma(weight, g_red, d_red), fma(weight, g_green, d_green), fma(weight, g_blue, d_blue)
         share = weight * fma(g_red, colour[0], fma(g_green, colour[1], g_blue * colour[2]))
         remaining = load(pixels, at + BEHIND) - share
         store(pixels, at + BEHIND, remaining)
-        power = share - remaining * odds
+        d_effective = share - remaining * odds  # a dL/da = m alpha dL/da
+        d_mask = d_mask + d_effective
+        power = select_gt(alpha_max, alpha, d_effective, zero)
         dx, dy = offsets(pixels, at, shape)
         moment_x, moment_y = power * dx, power * dy
         s_0, s_x, s_y = s_0 + power, s_x + moment_x, s_y + moment_y
         s_xx, s_xy, s_yy = fma(moment_x, dx, s_xx), fma(moment_x, dy, s_xy), fma(moment_y, dy, s_yy)
     store(sums, out, sums_of_eight(s_xx, s_xy, s_yy, s_x, s_y, s_0, d_red, d_green))
-    sums[out + 8], sums[out + 9] = horizontal_sum(d_blue), sums[out + P]
-
-
-@device
-def sampled(constants, rows, s, cover, tile_x, tile_y, pixels, sums, out):
-    """All ten sums of one splat with m != 0 over the blocks of `cover`."""
-    one, alpha_max, mask = constants[0], constants[1], broadcast(rows[s, 9])
-    zero = zeros_like(one)
-    shape = splat_shape(rows, s, tile_x, tile_y)
-    colour = splat_colour(rows, s)
-    s_0 = s_x = s_y = s_xx = s_xy = s_yy = d_red = d_green = d_blue = d_mask = zero
-    while cover != 0:
-        at = lowest_bit(cover) * NUM_PLANES * LANES
-        cover &= cover - 1
-        before = load(pixels, at + LIGHT)
-        dx, dy = offsets(pixels, at, shape)
-        alpha, uncapped = block_alpha(shape, dx, dy, constants)
-        effective = mask * alpha
-        light, weight = advance(before, effective, constants)
-        store(pixels, at + LIGHT, light)
-        g_red, g_green, g_blue = load(pixels, at + G_RED), load(pixels, at + G_GREEN), load(pixels, at + G_BLUE)
-        d_red, d_green, d_blue = fma(weight, g_red, d_red), fma(weight, g_green, d_green), fma(weight, g_blue, d_blue)
-        g_colour = fma(g_red, colour[0], fma(g_green, colour[1], g_blue * colour[2]))
-        remaining = load(pixels, at + BEHIND) - weight * g_colour
-        store(pixels, at + BEHIND, remaining)
-        # Ended pixels and the splat that ends one have no part in the image.
-        accepted = select_gt(light, zero, alpha, zero)
-        shared = accepted * (before * g_colour - remaining / (one - effective))
-        d_mask = d_mask + shared
-        power = select_gt(uncapped, alpha_max, zero, mask * shared)
-        moment_x, moment_y = power * dx, power * dy
-        s_0, s_x, s_y = s_0 + power, s_x + moment_x, s_y + moment_y
-        s_xx, s_xy, s_yy = fma(moment_x, dx, s_xx), fma(moment_x, dy, s_xy), fma(moment_y, dy, s_yy)
-    store(sums, out, sums_of_eight(s_xx, s_xy, s_yy, s_x, s_y, s_0, d_red, d_green))
-    sums[out + 8], sums[out + 9] = horizontal_sum(d_blue), horizontal_sum(d_mask)
+    sums[out + 8], sums[out + 9] = horizontal_sum(d_blue), horizontal_sum(d_mask) / rows[s, 9]
 
 
 @device
