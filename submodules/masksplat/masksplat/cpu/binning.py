@@ -82,8 +82,10 @@ def bin_splats(
     instance_offsets = np.empty(rows.shape[0] + 1, np.int64)
     instance_offsets[-1] = num_instances
     first = np.cumsum(per_chunk) - per_chunk
-    keys = sort_keys(depths)
-    team.run(_emit, NUM_CHUNKS, rows, boxes, footprints, region, keys, first, cursors, instance_offsets, entries, splat_of)
+    team.run(
+        _emit, NUM_CHUNKS, rows, boxes, footprints, region, sort_keys(depths), first, cursors, instance_offsets,
+        entries, splat_of,
+    )  # fmt: skip
     splats, instances = np.empty(num_instances, np.uint32), np.empty(num_instances, np.uint32)
     longest = int(per_tile.max(initial=0))
     team.run(_sort_tiles, NUM_CHUNKS, tile_offsets, longest, depths, ids, splat_of, entries, splats, instances)

@@ -170,8 +170,8 @@ class CpuBody:
         ends, pairs = np.zeros(lists.num_tiles, np.int64), np.zeros(lists.num_tiles, np.int64)
         covers = np.empty(lists.num_instances, np.uint32)
         self.team.run(
-            rasterize_tiles, self.num_tasks, tile_constants(packed.dtype), packed, boxes, lists.footprints, lists.tile_offsets, lists.splats, region,
-            _array(background), rgb, transmittance, ends, covers, pairs,
+            rasterize_tiles, self.num_tasks, tile_constants(packed.dtype), packed, boxes, lists.footprints,
+            lists.tile_offsets, lists.splats, region, _array(background), rgb, transmittance, ends, covers, pairs,
         )  # fmt: skip
         per_row = torch.from_numpy(pairs.reshape(lists.num_rows, lists.num_columns).sum(axis=1))
         state = _FrameState(lists, region, ends, covers)
@@ -204,9 +204,9 @@ class CpuBody:
         if d_transmittance is not None:
             d_light = _array(d_transmittance)
         self.team.run(
-            rasterize_backward_tiles, self.num_tasks, tile_constants(packed.dtype), packed, lists.tile_offsets, lists.splats, lists.instances,
-            state.region, _array(frame.rgb), _array(frame.transmittance), state.ends, state.covers, _array(d_rgb),
-            d_light, sums,
+            rasterize_backward_tiles, self.num_tasks, tile_constants(packed.dtype), packed, lists.tile_offsets,
+            lists.splats, lists.instances, state.region, _array(frame.rgb), _array(frame.transmittance), state.ends,
+            state.covers, _array(d_rgb), d_light, sums,
         )  # fmt: skip
         if overwrite:
             d_rows[first:last] = 0.0
@@ -255,8 +255,8 @@ class CpuBody:
         packed, boxes = _view_arrays(splats, view)
         scores = np.empty((lists.num_instances, 2), packed.dtype)
         self.team.run(
-            score_tiles, self.num_tasks, tile_constants(packed.dtype), packed, boxes, lists.footprints, lists.tile_offsets, lists.splats,
-            lists.instances, region, scores,
+            score_tiles, self.num_tasks, tile_constants(packed.dtype), packed, boxes, lists.footprints,
+            lists.tile_offsets, lists.splats, lists.instances, region, scores,
         )  # fmt: skip
         maximum, total = np.zeros(packed.shape[0], packed.dtype), np.zeros(packed.shape[0], packed.dtype)
         sum_scores(lists.instance_offsets, scores, maximum, total)

@@ -17,6 +17,7 @@ from masksplat.cpu.tile import (
     NUM_BLOCKS,
     NUM_CONSTANTS,
     advance,
+    blank_tile,
     cover_of,
     living_blocks,
     plane_index,
@@ -34,8 +35,8 @@ NUM_PLANES = 6
 
 @kernel
 def rasterize_tiles(
-    task, num_tasks, constants, rows, boxes, footprints, tile_offsets, splats, region, background, rgb, transmittance, ends, covers,
-    pairs,
+    task, num_tasks, constants, rows, boxes, footprints, tile_offsets, splats, region, background, rgb, transmittance,
+    ends, covers, pairs,
 ):  # fmt: skip
     """Composite the tiles task, task + num_tasks, ... into rgb (h, w, 3) and transmittance (h, w).
 
@@ -43,14 +44,15 @@ def rasterize_tiles(
     that some pixel could still see, covers[position] (I,) to the cover that the backward has to visit, and
     pairs[tile] to the number of evaluated (pixel, splat) pairs.
     """
-    pixels = np.empty(NUM_BLOCKS * NUM_PLANES * LANES, rgb.dtype)
+    blank = blank_tile(NUM_PLANES, rgb)
+    pixels = np.empty_like(blank)
     alphas = np.empty(NUM_BLOCKS * LANES, rgb.dtype)
     numbers = vectors_of(constants, NUM_CONSTANTS)
     for tile in range(task, tile_offsets.size - 1, num_tasks):
         tile_x = (tile % region[2]) * TILE
         tile_y = region[0] + (tile // region[2]) * TILE
         width, height = min(TILE, region[3] - tile_x), min(TILE, region[1] - tile_y)
-        start_tile(pixels, NUM_PLANES, width, height)
+        start_tile(pixels, blank, NUM_PLANES, width, height)
         start, stop = tile_offsets[tile], tile_offsets[tile + 1]
         position, evaluated, alive = start, 0, 0
         while position < stop:

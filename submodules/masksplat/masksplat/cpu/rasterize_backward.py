@@ -27,7 +27,6 @@ from masksplat.cpu.simd import (
     lowest_bit,
     prefetch_row,
     prefetch_to_write,
-    select_ge,
     select_gt,
     store,
     sums_of_eight,
@@ -40,7 +39,7 @@ from masksplat.cpu.tile import (
     NUM_CONSTANTS,
     PREFETCH_AHEAD,
     advance,
-    block_alpha,
+    blank_tile,
     offsets,
     plane_index,
     splat_colour,
@@ -63,14 +62,15 @@ def rasterize_backward_tiles(
     d_transmittance, sums,
 ):  # fmt: skip
     """Write the sums of every instance of the tiles task, task + num_tasks, ... to sums[10 * instance : ...]."""
-    pixels = np.empty(NUM_BLOCKS * NUM_PLANES * LANES, rgb.dtype)
+    blank = blank_tile(NUM_PLANES, rgb)
+    pixels = np.empty_like(blank)
     alphas = np.empty(NUM_BLOCKS * LANES, rgb.dtype)
     numbers = vectors_of(constants, NUM_CONSTANTS)
     for tile in range(task, tile_offsets.size - 1, num_tasks):
         tile_x = (tile % region[2]) * TILE
         tile_y = region[0] + (tile // region[2]) * TILE
         width, height = min(TILE, region[3] - tile_x), min(TILE, region[1] - tile_y)
-        start_tile(pixels, NUM_PLANES, width, height)
+        start_tile(pixels, blank, NUM_PLANES, width, height)
         read_tile(rgb, transmittance, d_rgb, d_transmittance, pixels, tile_x, tile_y - region[0], width, height)
         for position in range(tile_offsets[tile], ends[tile]):
             ahead = min(position + PREFETCH_AHEAD, ends[tile] - 1)
@@ -81,7 +81,7 @@ def rasterize_backward_tiles(
             if rows[s, 9] != 0:
                 sampled(numbers, rows, s, cover, tile_x, tile_y, pixels, alphas, sums, out)
             else:
-                unsampled(numbers, rows, s, cover, tile_x, tile_y, pixels, sums, out)
+                unsampled(numbers, rows, s, cover, tile_x, tile_y, pixels, alphas, sums, out)
         for position in range(ends[tile], tile_offsets[tile + 1]):
             for column in range(NUM_ROW_COLUMNS):
                 sums[instances[position] * NUM_ROW_COLUMNS + column] = 0
@@ -137,30 +137,23 @@ def sampled(constants, rows, s, cover, tile_x, tile_y, pixels, alphas, sums, out
 
 
 @device
-def unsampled(constants, rows, s, cover, tile_x, tile_y, pixels, sums, out):
+def unsampled(constants, rows, s, cover, tile_x, tile_y, pixels, alphas, sums, out):
     """Only the mask's gradient of a splat with m = 0, alpha (T g . c - S); no pixel is touched."""
-    zero = zeros_like(constants[0])
-    shape = splat_shape(rows, s, tile_x, tile_y)
     red, green, blue = splat_colour(rows, s)
-    d_mask = zero
+    zero = d_mask = zeros_like(constants[0])
+    write_alphas(constants, splat_shape(rows, s, tile_x, tile_y), cover, pixels, NUM_PLANES, alphas)
+    at_alpha = 0
     while cover != 0:
         at = lowest_bit(cover) * NUM_PLANES * LANES
         cover &= cover - 1
-        before = load(pixels, at + LIGHT)
-        dx, dy = offsets(pixels, at, shape)
-        alpha, _ = block_alpha(shape, dx, dy, constants)
+        before, alpha = load(pixels, at + LIGHT), load(alphas, at_alpha)
+        at_alpha += LANES
         g_colour = fma(load(pixels, at + G_GREEN), green, load(pixels, at + G_BLUE) * blue)
         g_colour = fma(load(pixels, at + G_RED), red, g_colour)
         accepted = select_gt(before, zero, alpha, zero)
         d_mask = fma(accepted, before * g_colour - load(pixels, at + BEHIND), d_mask)
     store(sums, out, zero)
-    sums[out + 8], sums[out + 9] = zero_of(sums), horizontal_sum(d_mask)
-
-
-@device
-def zero_of(array):
-    """0 in the array's dtype."""
-    return array.dtype.type(0)
+    sums[out + 8], sums[out + 9] = 0, horizontal_sum(d_mask)
 
 
 @kernel
@@ -169,10 +162,12 @@ def sum_instances(task, num_tasks, instance_offsets, rows, sums, d_rows):
     half = sums.dtype.type(0.5)
     total = np.empty(NUM_ROW_COLUMNS, sums.dtype)
     for s in range(task * d_rows.shape[0] // num_tasks, (task + 1) * d_rows.shape[0] // num_tasks):
-        total[:] = 0
+        first = last = broadcast(sums.dtype.type(0))  # eight columns each: six of the ten are in both
         for instance in range(instance_offsets[s], instance_offsets[s + 1]):
-            for column in range(NUM_ROW_COLUMNS):
-                total[column] += sums[instance * NUM_ROW_COLUMNS + column]
+            first = first + load(sums, instance * NUM_ROW_COLUMNS)
+            last = last + load(sums, instance * NUM_ROW_COLUMNS + NUM_ROW_COLUMNS - LANES)
+        store(total, 0, first)
+        store(total, NUM_ROW_COLUMNS - LANES, last)
         d_rows[s, 0] += rows[s, 2] * total[X] + rows[s, 3] * total[Y]
         d_rows[s, 1] += rows[s, 3] * total[X] + rows[s, 4] * total[Y]
         d_rows[s, 2] -= half * total[XX]

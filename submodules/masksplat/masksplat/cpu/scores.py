@@ -10,9 +10,9 @@ from masksplat.cpu.simd import LANES, broadcast, load, lowest_bit, store, vector
 from masksplat.cpu.tile import (
     CHECK_EVERY,
     LIGHT,
-    NUM_BLOCKS,
     NUM_CONSTANTS,
     advance,
+    blank_tile,
     block_alpha,
     cover_of,
     living_blocks,
@@ -28,12 +28,13 @@ NUM_PLANES = 3
 @kernel
 def score_tiles(task, num_tasks, constants, rows, boxes, footprints, tile_offsets, splats, instances, region, scores):
     """scores[instance] = (max, sum) of m alpha T over the tile's accepted pixels."""
-    pixels, weights = np.empty(NUM_BLOCKS * NUM_PLANES * LANES, rows.dtype), np.empty(LANES, rows.dtype)
+    blank, weights = blank_tile(NUM_PLANES, rows), np.empty(LANES, rows.dtype)
+    pixels = np.empty_like(blank)
     numbers = vectors_of(constants, NUM_CONSTANTS)
     for tile in range(task, tile_offsets.size - 1, num_tasks):
         tile_x = (tile % region[2]) * TILE
         tile_y = region[0] + (tile // region[2]) * TILE
-        start_tile(pixels, NUM_PLANES, min(TILE, region[3] - tile_x), min(TILE, region[1] - tile_y))
+        start_tile(pixels, blank, NUM_PLANES, min(TILE, region[3] - tile_x), min(TILE, region[1] - tile_y))
         start, alive = tile_offsets[tile], 0
         for position in range(start, tile_offsets[tile + 1]):
             if (position - start) % CHECK_EVERY == 0:
@@ -53,7 +54,7 @@ def score(constants, rows, s, cover, tile_x, tile_y, pixels, weights, scores, ou
         at = lowest_bit(cover) * NUM_PLANES * LANES
         cover &= cover - 1
         dx, dy = offsets(pixels, at, shape)
-        alpha, _ = block_alpha(shape, dx, dy, constants)
+        alpha = block_alpha(shape, dx, dy, constants)
         light, weight = advance(load(pixels, at + LIGHT), mask * alpha, constants)
         store(pixels, at + LIGHT, light)
         store_weights(weight, weights, scores, out)

@@ -149,7 +149,7 @@ def transpose(typingctx: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g:
 
 @intrinsic
 def prefetch_row(typingctx: Any, array: Any, index: Any) -> Any:
-    """Ask for array[index] of a contiguous 2-D array, whose rows lie in at most two cache lines; any index is harmless."""
+    """Ask for array[index] of a contiguous 2-D array with rows of at most two cache lines; any index is harmless."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array_value = context.make_array(signature.args[0])(context, builder, args[0])
@@ -225,7 +225,8 @@ def power_of_two(typingctx: Any, a: Any) -> Any:
         bias = 127 if dtype.bitwidth == 32 else 1023
         exponent = builder.fptosi(args[0], integers)
         biased = builder.add(exponent, ir.Constant(integers, [bias] * LANES))
-        return builder.bitcast(builder.shl(biased, ir.Constant(integers, [_mantissa_bits(dtype)] * LANES)), _llvm_vector(dtype))
+        bits = builder.shl(biased, ir.Constant(integers, [_mantissa_bits(dtype)] * LANES))
+        return builder.bitcast(bits, _llvm_vector(dtype))
 
     return a(a), codegen
 

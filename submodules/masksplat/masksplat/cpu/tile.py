@@ -66,15 +66,27 @@ def plane_index(x, y, num_planes):
 
 
 @device
-def start_tile(pixels, num_planes, width, height):
-    """Set all planes to 0 but the centres, and the transmittance: 1 inside width x height, -1 (ended) outside."""
-    real = pixels.dtype.type
-    pixels[:] = 0
+def blank_tile(num_planes, array):
+    """A tile of the array's dtype before any splat: transmittance 1, and 0 in the planes behind it."""
+    real = array.dtype.type
+    blank = np.zeros(NUM_BLOCKS * num_planes * LANES, array.dtype)
     for y in range(TILE):
         for x in range(TILE):
             at = plane_index(x, y, num_planes)
-            pixels[at + CENTRE_X], pixels[at + CENTRE_Y] = real(x + 0.5), real(y + 0.5)
-            pixels[at + LIGHT] = real(1) if x < width and y < height else -real(1)
+            blank[at + CENTRE_X], blank[at + CENTRE_Y], blank[at + LIGHT] = real(x + 0.5), real(y + 0.5), real(1)
+    return blank
+
+
+@device
+def start_tile(pixels, blank, num_planes, width, height):
+    """Copy the blank tile to `pixels`; what lies outside width x height has ended."""
+    for at in range(0, blank.size, LANES):
+        store(pixels, at, load(blank, at))
+    if width < TILE or height < TILE:
+        for y in range(TILE):
+            for x in range(TILE):
+                if x >= width or y >= height:
+                    pixels[plane_index(x, y, num_planes) + LIGHT] = -1
 
 
 @device
@@ -144,7 +156,7 @@ def offsets(pixels, at, shape):
 
 @device
 def block_alpha(shape, dx, dy, constants):
-    """(alpha, uncapped) with uncapped = opacity * exp(-(a dx^2 + c dy^2) / 2 - b dx dy); alpha is at most 0.99, or 0.
+    """Opacity * exp(-(a dx^2 + c dy^2) / 2 - b dx dy), at most 0.99, and 0 where it is below 1/255.
 
     The one expression that every kernel evaluates.
     """
@@ -152,7 +164,7 @@ def block_alpha(shape, dx, dy, constants):
     power = fma(fma(shape[0], dx, shape[1] * dy), dx, shape[2] * dy * dy)
     uncapped = shape[3] * exp2(power, constants[FIRST_OF_EXP2:])
     alpha = select_gt(uncapped, alpha_max, alpha_max, uncapped)
-    return select_ge(uncapped, alpha_min, alpha, zeros_like(alpha)), uncapped
+    return select_ge(uncapped, alpha_min, alpha, zeros_like(alpha))
 
 
 @device
@@ -166,8 +178,7 @@ def write_alphas(constants, shape, cover, pixels, num_planes, alphas):
     while cover != 0:
         dx, dy = offsets(pixels, lowest_bit(cover) * num_planes * LANES, shape)
         cover &= cover - 1
-        alpha, _ = block_alpha(shape, dx, dy, constants)
-        store(alphas, at_alpha, alpha)
+        store(alphas, at_alpha, block_alpha(shape, dx, dy, constants))
         at_alpha += LANES
 
 
