@@ -23,7 +23,7 @@ from masksplat.types import TILE
 
 Array = np.ndarray[Any, Any]
 
-NUM_CHUNKS = 8
+NUM_CHUNKS = 16
 """Ranges of splats counted and emitted independently; more would cost memory (one histogram each) and gain nothing."""
 
 DIGIT_BITS = 8

@@ -39,7 +39,7 @@ from masksplat.types import (
 
 Array = np.ndarray[Any, Any]
 
-TASKS_PER_THREAD = 4
+TASKS_PER_THREAD = 16
 """Tasks of uneven cost (tiles, rows with few visible Gaussians) are handed out in pieces this small."""
 
 
