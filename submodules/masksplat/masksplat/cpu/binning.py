@@ -101,9 +101,9 @@ def sort_keys(depths: Array) -> Array:
 def _rectangle(boxes, s, region):
     """Half-open ranges of the region's tiles that the pixel box of splat s touches: first row, last, column, last."""
     top, bottom = max(boxes[s, 1], region[0]) - region[0], min(boxes[s, 3], region[1]) - region[0]
-    first_row = top // TILE
-    last_row = max(first_row, (bottom + TILE - 1) // TILE)
-    return first_row, last_row, boxes[s, 0] // TILE, (boxes[s, 2] + TILE - 1) // TILE
+    if bottom <= top:
+        return 0, 0, 0, 0
+    return top // TILE, (bottom + TILE - 1) // TILE, boxes[s, 0] // TILE, (boxes[s, 2] + TILE - 1) // TILE
 
 
 @device
