@@ -20,6 +20,7 @@ from masksplat.cpu.rasterize import rasterize_tiles
 from masksplat.cpu.rasterize_backward import rasterize_backward_tiles, sum_instances
 from masksplat.cpu.scores import score_tiles, sum_scores
 from masksplat.cpu.threads import ThreadTeam
+from masksplat.cpu.tile import tile_constants
 from masksplat.cpu.update import update_rows
 from masksplat.types import (
     NUM_ROW_COLUMNS,
@@ -38,17 +39,18 @@ from masksplat.types import (
 
 Array = np.ndarray[Any, Any]
 
-TASKS_PER_THREAD = 4
+TASKS_PER_THREAD = 16
 """Tasks of uneven cost (tiles, rows with few visible Gaussians) are handed out in pieces this small."""
 
 
 @dataclass
 class _FrameState:
-    """What the backward needs of a forward: the lists, and where each tile's list ended."""
+    """What the backward needs of a forward: the lists, where each tile's list ended, and the blocks that changed."""
 
     lists: TileLists
     region: Array
     ends: Array
+    covers: Array  # (I,) per list position: the blocks of pixels that the backward has to visit
 
 
 class CpuBody:
@@ -166,12 +168,13 @@ class CpuBody:
         rgb = np.empty((span[1] - span[0], width, 3), packed.dtype)
         transmittance = np.empty(rgb.shape[:2], packed.dtype)
         ends, pairs = np.zeros(lists.num_tiles, np.int64), np.zeros(lists.num_tiles, np.int64)
+        covers = np.empty(lists.num_instances, np.uint32)
         self.team.run(
-            rasterize_tiles, self.num_tasks, packed, boxes, lists.footprints, lists.tile_offsets, lists.splats, region,
-            _array(background), rgb, transmittance, ends, pairs,
+            rasterize_tiles, self.num_tasks, tile_constants(packed.dtype), packed, boxes, lists.footprints,
+            lists.tile_offsets, lists.splats, region, _array(background), rgb, transmittance, ends, covers, pairs,
         )  # fmt: skip
         per_row = torch.from_numpy(pairs.reshape(lists.num_rows, lists.num_columns).sum(axis=1))
-        state = _FrameState(lists, region, ends)
+        state = _FrameState(lists, region, ends, covers)
         return Frame(torch.from_numpy(rgb), torch.from_numpy(transmittance), per_row, view, span, state)
 
     def _lists(self, splats: Splats, view: int, width: int, span: tuple[int, int]) -> tuple[TileLists, Array]:
@@ -194,20 +197,20 @@ class CpuBody:
         """See `Body.rasterize_backward`."""
         state: _FrameState = frame.state
         lists = state.lists
-        packed, boxes = _view_arrays(splats, frame.view)
+        packed, _ = _view_arrays(splats, frame.view)
         first, last = splats.view_range(frame.view)
-        gradients = np.empty((lists.num_instances, NUM_ROW_COLUMNS), packed.dtype)
+        sums = np.empty(lists.num_instances * NUM_ROW_COLUMNS, packed.dtype)
         d_light = np.zeros(frame.transmittance.shape, packed.dtype)
         if d_transmittance is not None:
             d_light = _array(d_transmittance)
         self.team.run(
-            rasterize_backward_tiles, self.num_tasks, packed, boxes, lists.footprints, lists.tile_offsets, lists.splats,
-            lists.instances, state.region, _array(frame.rgb), _array(frame.transmittance), state.ends, _array(d_rgb),
-            d_light, gradients,
+            rasterize_backward_tiles, self.num_tasks, tile_constants(packed.dtype), packed, lists.tile_offsets,
+            lists.splats, lists.instances, state.region, _array(frame.rgb), _array(frame.transmittance), state.ends,
+            state.covers, _array(d_rgb), d_light, sums,
         )  # fmt: skip
         if overwrite:
             d_rows[first:last] = 0.0
-        self.team.run(sum_instances, self.num_tasks, lists.instance_offsets, gradients, _array(d_rows)[first:last])
+        self.team.run(sum_instances, self.num_tasks, lists.instance_offsets, packed, sums, _array(d_rows)[first:last])
 
     def photometric(
         self,
@@ -252,8 +255,8 @@ class CpuBody:
         packed, boxes = _view_arrays(splats, view)
         scores = np.empty((lists.num_instances, 2), packed.dtype)
         self.team.run(
-            score_tiles, self.num_tasks, packed, boxes, lists.footprints, lists.tile_offsets, lists.splats,
-            lists.instances, region, scores,
+            score_tiles, self.num_tasks, tile_constants(packed.dtype), packed, boxes, lists.footprints,
+            lists.tile_offsets, lists.splats, lists.instances, region, scores,
         )  # fmt: skip
         maximum, total = np.zeros(packed.shape[0], packed.dtype), np.zeros(packed.shape[0], packed.dtype)
         sum_scores(lists.instance_offsets, scores, maximum, total)

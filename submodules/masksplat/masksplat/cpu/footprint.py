@@ -24,18 +24,23 @@ MARGIN_PIXELS = 0.01
 RELIABLE = 1e-6
 """Splats with D below this share of a c are not cut by bands: their box alone bounds them."""
 
-NARROW = 8
-"""Splats whose box has at most so many columns are not cut by bands either: two blocks of pixels are cheap."""
+LARGE = 16
+"""Splats whose box has more columns and more rows than this are cut by bands; for others that costs more than the few
+blocks of pixels it saves."""
 
 NUM_FOOTPRINT = 5
 
 
 @device
+def is_large(boxes, s):
+    """Whether splat s is worth a footprint."""
+    return min(boxes[s, 2] - boxes[s, 0], boxes[s, 3] - boxes[s, 1]) > LARGE
+
+
+@device
 def write_footprint(footprints, rows, boxes, s):
-    """footprints[s] = (a t, D, dy_max, dy_star, usable): what `span_of_band` needs of splat s."""
+    """footprints[s] = (a t, D, dy_max, dy_star, usable): what `span_of_band` needs of splat s, which is large."""
     footprints[s, 4] = 0.0
-    if boxes[s, 2] - boxes[s, 0] <= NARROW:
-        return
     a, b, c = np.float64(rows[s, 2]), np.float64(rows[s, 3]), np.float64(rows[s, 4])
     t = 2.0 * math.log(np.float64(rows[s, 5]) / ALPHA_MIN) + MARGIN_T
     det = a * c - b * b
@@ -65,9 +70,7 @@ def span_of_band(footprints, k, a, b, low, high):
 def tiles_of_row(footprints, rows, boxes, k, tile_row, row_start):
     """Half-open range of tile columns that splat k reaches in `tile_row` of the region starting at `row_start`."""
     first, last = boxes[k, 0], boxes[k, 2] - 1  # inclusive pixels
-    # A footprint inside one column or one row of tiles is as wide as its box there.
-    several_rows = (boxes[k, 1] - row_start) // TILE != (boxes[k, 3] - 1 - row_start) // TILE
-    if several_rows and first // TILE != last // TILE and footprints[k, 4] > 0.0:
+    if is_large(boxes, k) and footprints[k, 4] > 0.0:
         top = max(row_start + tile_row * TILE, boxes[k, 1])
         bottom = min(row_start + (tile_row + 1) * TILE, boxes[k, 3]) - 1
         low, high = top + 0.5 - np.float64(rows[k, 1]), bottom + 0.5 - np.float64(rows[k, 1])

@@ -10,103 +10,99 @@ from __future__ import annotations
 import numpy as np
 
 from masksplat.cpu.kernel import device, kernel
-from masksplat.cpu.simd import any_positive, broadcast, fma, load, select_gt, store
+from masksplat.cpu.simd import LANES, any_positive, broadcast, fma, load, lowest_bit, num_bits, store, vectors_of
 from masksplat.cpu.tile import (
-    BLOCK_COLUMNS,
-    BLOCK_HEIGHT,
-    BLOCK_WIDTH,
     CHECK_EVERY,
-    TILE_PIXELS,
+    LIGHT,
+    NUM_BLOCKS,
+    NUM_CONSTANTS,
     advance,
-    any_alive,
-    block_alpha,
-    block_columns,
-    block_rows,
-    constants,
-    lane_offsets,
+    blank_tile,
+    cover_of,
+    living_blocks,
+    plane_index,
     prefetch_splat,
     splat_colour,
     splat_shape,
-    start_transmittance,
-    tile_index,
+    start_tile,
+    write_alphas,
 )
 from masksplat.types import TILE
+
+RED, GREEN, BLUE = LIGHT + LANES, LIGHT + 2 * LANES, LIGHT + 3 * LANES
+NUM_PLANES = 6
 
 
 @kernel
 def rasterize_tiles(
-    task, num_tasks, rows, boxes, footprints, tile_offsets, splats, region, background, rgb, transmittance, ends, pairs
-):
+    task, num_tasks, constants, rows, boxes, footprints, tile_offsets, splats, region, background, rgb, transmittance,
+    ends, covers, pairs,
+):  # fmt: skip
     """Composite the tiles task, task + num_tasks, ... into rgb (h, w, 3) and transmittance (h, w).
 
     `region` is (row_start, row_stop, tile columns, width). ends[tile] is set to one past the last list position
-    that some pixel could still see, and pairs[tile] to the number of evaluated (pixel, splat) pairs.
+    that some pixel could still see, covers[position] (I,) to the cover that the backward has to visit, and
+    pairs[tile] to the number of evaluated (pixel, splat) pairs.
     """
-    light = np.empty(TILE_PIXELS, rgb.dtype)
-    red, green, blue = (
-        np.empty(TILE_PIXELS, rgb.dtype),
-        np.empty(TILE_PIXELS, rgb.dtype),
-        np.empty(TILE_PIXELS, rgb.dtype),
-    )
-    lanes = np.empty(16, rgb.dtype)
-    lane_offsets(lanes)
+    blank = blank_tile(NUM_PLANES, rgb)
+    pixels = np.empty_like(blank)
+    alphas = np.empty(NUM_BLOCKS * LANES, rgb.dtype)
+    numbers = vectors_of(constants, NUM_CONSTANTS)
     for tile in range(task, tile_offsets.size - 1, num_tasks):
         tile_x = (tile % region[2]) * TILE
         tile_y = region[0] + (tile // region[2]) * TILE
         width, height = min(TILE, region[3] - tile_x), min(TILE, region[1] - tile_y)
-        start_transmittance(light, width, height)
-        red[:], green[:], blue[:] = 0, 0, 0
-        position, evaluated = tile_offsets[tile], 0
-        while position < tile_offsets[tile + 1]:
-            if (position - tile_offsets[tile]) % CHECK_EVERY == 0 and not any_alive(light):
-                break
-            prefetch_splat(splats, position, tile_offsets[tile + 1], rows, boxes)
+        start_tile(pixels, blank, NUM_PLANES, width, height)
+        start, stop = tile_offsets[tile], tile_offsets[tile + 1]
+        position, evaluated, alive = start, 0, 0
+        while position < stop:
+            if (position - start) % CHECK_EVERY == 0:
+                alive = living_blocks(pixels, NUM_PLANES)
+                if alive == 0:
+                    break
+            prefetch_splat(position, stop, splats, rows, boxes)
             s = splats[position]
+            cover = cover_of(boxes, footprints, rows, s, tile_x, tile_y) & alive
             if rows[s, 9] != 0:
-                evaluated += composite(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, red, green, blue)
+                evaluated += num_bits(cover)
+                cover = composite(numbers, rows, s, cover, tile_x, tile_y, pixels, alphas)
+            covers[position] = cover
             position += 1
         ends[tile] = position
-        pairs[tile] = evaluated
-        write_tile(light, red, green, blue, background, rgb, transmittance, tile_x, tile_y - region[0], width, height)
+        pairs[tile] = evaluated * LANES
+        write_tile(pixels, background, rgb, transmittance, tile_x, tile_y - region[0], width, height)
 
 
 @device
-def composite(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, red, green, blue):
-    """Put one splat over the tile; returns the number of evaluated pairs."""
-    real = light.dtype.type
-    limits = constants(light)
-    zero = limits[0]
-    form, lane_x, lane_y = splat_shape(rows, s, lanes, tile_x, tile_y)
+def composite(constants, rows, s, cover, tile_x, tile_y, pixels, alphas):
+    """Put one splat over the blocks of `cover`; returns the cover of those that it reaches."""
     mask = broadcast(rows[s, 9])
-    c_red, c_green, c_blue = splat_colour(rows, s)
-    first_row, last_row, first, last = block_rows(boxes, s, tile_x, tile_y)
-    blocks = 0
-    for block_row in range(first_row, last_row):
-        y = block_row * BLOCK_HEIGHT
-        left, right = block_columns(footprints, rows, s, tile_x, tile_y + y, first, last)
-        dy = lane_y + broadcast(real(y))
-        for column in range(left, right):
-            at = (block_row * BLOCK_COLUMNS + column) * 8
-            before = load(light, at)
-            dx = lane_x + broadcast(real(column * BLOCK_WIDTH))
-            alpha, _ = block_alpha(form, dx, dy, limits)
-            if any_positive(select_gt(before, zero, alpha, zero)):
-                weight = advance(light, at, before, mask * alpha, zero)
-                store(red, at, fma(weight, c_red, load(red, at)))
-                store(green, at, fma(weight, c_green, load(green, at)))
-                store(blue, at, fma(weight, c_blue, load(blue, at)))
-        blocks += max(0, right - left)
-    return blocks * BLOCK_WIDTH * BLOCK_HEIGHT
+    red, green, blue = splat_colour(rows, s)
+    write_alphas(constants, splat_shape(rows, s, tile_x, tile_y), cover, pixels, NUM_PLANES, alphas)
+    reached, at_alpha = 0, 0
+    while cover != 0:
+        block = lowest_bit(cover)
+        cover &= cover - 1
+        alpha = load(alphas, at_alpha)
+        at_alpha += LANES
+        reached |= int(any_positive(alpha)) << block
+        at = block * NUM_PLANES * LANES
+        light, weight = advance(load(pixels, at + LIGHT), mask * alpha, constants)
+        store(pixels, at + LIGHT, light)
+        store(pixels, at + RED, fma(weight, red, load(pixels, at + RED)))
+        store(pixels, at + GREEN, fma(weight, green, load(pixels, at + GREEN)))
+        store(pixels, at + BLUE, fma(weight, blue, load(pixels, at + BLUE)))
+    return reached
 
 
 @kernel
-def write_tile(light, red, green, blue, background, rgb, transmittance, tile_x, top, width, height):
+def write_tile(pixels, background, rgb, transmittance, tile_x, top, width, height):
     """Undo the block layout and add what passes through of the background; `top` is the row inside the region."""
     for y in range(height):
         for x in range(width):
-            at = tile_index(x, y)
-            passed = abs(light[at])
+            at = plane_index(x, y, NUM_PLANES)
+            passed = abs(pixels[at + LIGHT])
             transmittance[top + y, tile_x + x] = passed
-            rgb[top + y, tile_x + x, 0] = red[at] + passed * background[0]
-            rgb[top + y, tile_x + x, 1] = green[at] + passed * background[1]
-            rgb[top + y, tile_x + x, 2] = blue[at] + passed * background[2]
+            rgb[top + y, tile_x + x, 0] = pixels[at + RED] + passed * background[0]
+            rgb[top + y, tile_x + x, 1] = pixels[at + GREEN] + passed * background[1]
+            rgb[top + y, tile_x + x, 2] = pixels[at + BLUE] + passed * background[2]

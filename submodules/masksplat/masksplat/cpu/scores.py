@@ -6,63 +6,58 @@ from __future__ import annotations
 import numpy as np
 
 from masksplat.cpu.kernel import device, kernel
-from masksplat.cpu.simd import LANES, any_positive, broadcast, load, select_gt, store
+from masksplat.cpu.simd import LANES, broadcast, load, lowest_bit, store, vectors_of
 from masksplat.cpu.tile import (
-    BLOCK_COLUMNS,
-    BLOCK_HEIGHT,
-    BLOCK_WIDTH,
-    TILE_PIXELS,
+    CHECK_EVERY,
+    LIGHT,
+    NUM_CONSTANTS,
     advance,
-    any_alive,
+    blank_tile,
     block_alpha,
-    block_columns,
-    block_rows,
-    constants,
-    lane_offsets,
+    cover_of,
+    living_blocks,
+    offsets,
     splat_shape,
-    start_transmittance,
+    start_tile,
 )
 from masksplat.types import TILE
 
+NUM_PLANES = 3
+
 
 @kernel
-def score_tiles(task, num_tasks, rows, boxes, footprints, tile_offsets, splats, instances, region, scores):
+def score_tiles(task, num_tasks, constants, rows, boxes, footprints, tile_offsets, splats, instances, region, scores):
     """scores[instance] = (max, sum) of m alpha T over the tile's accepted pixels."""
-    light, weights = np.empty(TILE_PIXELS, rows.dtype), np.empty(LANES, rows.dtype)
-    lanes = np.empty(16, rows.dtype)
-    lane_offsets(lanes)
+    blank, weights = blank_tile(NUM_PLANES, rows), np.empty(LANES, rows.dtype)
+    pixels = np.empty_like(blank)
+    numbers = vectors_of(constants, NUM_CONSTANTS)
     for tile in range(task, tile_offsets.size - 1, num_tasks):
         tile_x = (tile % region[2]) * TILE
         tile_y = region[0] + (tile // region[2]) * TILE
-        start_transmittance(light, min(TILE, region[3] - tile_x), min(TILE, region[1] - tile_y))
-        for position in range(tile_offsets[tile], tile_offsets[tile + 1]):
-            s = splats[position]
-            out = instances[position]
+        start_tile(pixels, blank, NUM_PLANES, min(TILE, region[3] - tile_x), min(TILE, region[1] - tile_y))
+        start, alive = tile_offsets[tile], 0
+        for position in range(start, tile_offsets[tile + 1]):
+            if (position - start) % CHECK_EVERY == 0:
+                alive = living_blocks(pixels, NUM_PLANES)
+            s, out = splats[position], instances[position]
             scores[out, 0], scores[out, 1] = 0, 0
-            if rows[s, 9] != 0 and any_alive(light):
-                score(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, weights, scores, out)
+            if rows[s, 9] != 0 and alive != 0:
+                cover = cover_of(boxes, footprints, rows, s, tile_x, tile_y) & alive
+                score(numbers, rows, s, cover, tile_x, tile_y, pixels, weights, scores, out)
 
 
 @device
-def score(rows, boxes, footprints, s, tile_x, tile_y, lanes, light, weights, scores, out):
-    """Pass one splat over the tile and add its blending weights to scores[out] = (max, sum)."""
-    real = light.dtype.type
-    limits = constants(light)
-    zero = limits[0]
-    form, lane_x, lane_y = splat_shape(rows, s, lanes, tile_x, tile_y)
-    mask = broadcast(rows[s, 9])
-    first_row, last_row, first, last = block_rows(boxes, s, tile_x, tile_y)
-    for block_row in range(first_row, last_row):
-        y = block_row * BLOCK_HEIGHT
-        left, right = block_columns(footprints, rows, s, tile_x, tile_y + y, first, last)
-        dy = lane_y + broadcast(real(y))
-        for column in range(left, right):
-            at = (block_row * BLOCK_COLUMNS + column) * 8
-            before = load(light, at)
-            dx = lane_x + broadcast(real(column * BLOCK_WIDTH))
-            alpha, _ = block_alpha(form, dx, dy, limits)
-            if any_positive(select_gt(before, zero, alpha, zero)):
-                store_weights(advance(light, at, before, mask * alpha, zero), weights, scores, out)
+def score(constants, rows, s, cover, tile_x, tile_y, pixels, weights, scores, out):
+    """Pass one splat over the blocks of `cover` and add its blending weights to scores[out] = (max, sum)."""
+    shape, mask = splat_shape(rows, s, tile_x, tile_y), broadcast(rows[s, 9])
+    while cover != 0:
+        at = lowest_bit(cover) * NUM_PLANES * LANES
+        cover &= cover - 1
+        dx, dy = offsets(pixels, at, shape)
+        alpha = block_alpha(shape, dx, dy, constants)
+        light, weight = advance(load(pixels, at + LIGHT), mask * alpha, constants)
+        store(pixels, at + LIGHT, light)
+        store_weights(weight, weights, scores, out)
 
 
 @device

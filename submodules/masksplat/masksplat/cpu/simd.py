@@ -18,6 +18,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models
+from numba.core.errors import RequireLiteralValue
 from numba.extending import intrinsic, overload, register_model
 
 LANES = 8
@@ -45,6 +46,10 @@ def _llvm_vector(dtype: types.Float) -> ir.VectorType:
 
 def _llvm_integer_vector(dtype: types.Float) -> ir.VectorType:
     return ir.VectorType(ir.IntType(dtype.bitwidth), LANES)
+
+
+def _mantissa_bits(dtype: types.Float) -> int:
+    return 23 if dtype.bitwidth == 32 else 52
 
 
 def _splat(builder: ir.IRBuilder, vector: ir.VectorType, value: ir.Value) -> ir.Value:
@@ -143,22 +148,41 @@ def transpose(typingctx: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g:
 
 
 @intrinsic
-def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
-    """Ask for the cache line of array[index, 0] of a contiguous 2-D array; any index is harmless."""
+def prefetch_row(typingctx: Any, array: Any, index: Any) -> Any:
+    """Ask for array[index] of a contiguous 2-D array with rows of at most two cache lines; any index is harmless."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array_value = context.make_array(signature.args[0])(context, builder, args[0])
-        stride = cgutils.unpack_tuple(builder, array_value.strides)[0]
-        byte_pointer = ir.IntType(8).as_pointer()
-        pointer = builder.gep(builder.bitcast(array_value.data, byte_pointer), [builder.mul(args[1], stride)])
-        number = ir.IntType(32)
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), [byte_pointer] + [number] * 3), "llvm.prefetch.p0"
-        )
-        builder.call(function, [pointer, *(ir.Constant(number, k) for k in (0, 3, 1))])
+        columns = cgutils.unpack_tuple(builder, array_value.shape)[1]
+        first = builder.mul(args[1], columns)
+        last = builder.add(first, builder.sub(columns, ir.Constant(columns.type, 1)))
+        for place in (first, last):
+            _prefetch(builder, builder.gep(array_value.data, [place]), is_write=False)
         return context.get_dummy_value()
 
     return types.void(array, types.intp), codegen
+
+
+@intrinsic
+def prefetch_to_write(typingctx: Any, array: Any, index: Any) -> Any:
+    """Ask for the cache line of array[index] of a contiguous 1-D array that will be written; any index is harmless."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array_value = context.make_array(signature.args[0])(context, builder, args[0])
+        _prefetch(builder, builder.gep(array_value.data, [args[1]]), is_write=True)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
+
+
+def _prefetch(builder: ir.IRBuilder, pointer: ir.Value, *, is_write: bool) -> None:
+    byte_pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ir.VoidType(), [byte_pointer] + [number] * 3), "llvm.prefetch.p0"
+    )
+    locality, data = 3, 1
+    flags = (ir.Constant(number, k) for k in (int(is_write), locality, data))
+    builder.call(function, [builder.bitcast(pointer, byte_pointer), *flags])
 
 
 @intrinsic
@@ -198,10 +222,11 @@ def power_of_two(typingctx: Any, a: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         dtype = signature.return_type.dtype
         integers = _llvm_integer_vector(dtype)
-        bias, mantissa_bits = (127, 23) if dtype.bitwidth == 32 else (1023, 52)
+        bias = 127 if dtype.bitwidth == 32 else 1023
         exponent = builder.fptosi(args[0], integers)
         biased = builder.add(exponent, ir.Constant(integers, [bias] * LANES))
-        return builder.bitcast(builder.shl(biased, ir.Constant(integers, [mantissa_bits] * LANES)), _llvm_vector(dtype))
+        bits = builder.shl(biased, ir.Constant(integers, [_mantissa_bits(dtype)] * LANES))
+        return builder.bitcast(bits, _llvm_vector(dtype))
 
     return a(a), codegen
 
@@ -221,6 +246,61 @@ select_ge = _make_select(">=")
 """select_ge(a, b, x, y): per lane x where a >= b, else y."""
 select_gt = _make_select(">")
 """select_gt(a, b, x, y): per lane x where a > b, else y."""
+
+
+@intrinsic
+def scale_by_power(typingctx: Any, a: Any, shifted: Any) -> Any:
+    """A * 2 ** n where the lowest bits of `shifted` are the integer n; the result must be a normal number."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        dtype = signature.return_type.dtype
+        integers = _llvm_integer_vector(dtype)
+        bits, power = (builder.bitcast(value, integers) for value in args)
+        exponent = builder.shl(power, ir.Constant(integers, [_mantissa_bits(dtype)] * LANES))
+        return builder.bitcast(builder.add(bits, exponent), _llvm_vector(dtype))
+
+    return a(a, shifted), codegen
+
+
+@intrinsic
+def zeros_like(typingctx: Any, a: Any) -> Any:
+    """Vector of zeros of a's type."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(_llvm_vector(signature.return_type.dtype), [0.0] * LANES)
+
+    return a(a), codegen
+
+
+@intrinsic
+def minus_magnitude(typingctx: Any, a: Any) -> Any:
+    """-|a| of every lane."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fneg(_call(builder, "fabs", _llvm_vector(signature.return_type.dtype), args))
+
+    return a(a), codegen
+
+
+@intrinsic
+def vectors_of(typingctx: Any, array: Any, count: Any) -> Any:
+    """Tuple of `count` (a literal) vectors: entry k of a contiguous 1-D array in every lane of the k-th.
+
+    Numbers that inner loops need come from memory in this way: LLVM keeps them as whole vectors, which instructions
+    read as operands, while it would build a compile-time constant anew in every turn, by two more instructions each.
+    """
+    if not isinstance(count, types.IntegerLiteral):
+        raise RequireLiteralValue("count must be a literal")
+    vector = VectorType(array.dtype)
+    result = types.UniTuple(vector, count.literal_value)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        places = (builder.gep(data, [ir.Constant(ir.IntType(64), k)]) for k in range(signature.return_type.count))
+        values = [_splat(builder, _llvm_vector(array.dtype), builder.load(place)) for place in places]
+        return context.make_tuple(builder, signature.return_type, values)
+
+    return result(array, count), codegen
 
 
 @intrinsic
@@ -252,6 +332,60 @@ def horizontal_sum(typingctx: Any, a: Any) -> Any:
         return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
 
     return a.dtype(a), codegen
+
+
+@intrinsic
+def sums_of_eight(typingctx: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> Any:
+    """Vector whose lane k is the sum of the lanes of the k-th argument, in the order of `horizontal_sum`.
+
+    Each step adds halves of two vectors: 7 additions for all eight sums, not 24.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        rows, width = list(args), LANES // 2
+        while width >= 1:
+            # Row k takes the sums of the low and row k + width those of the high halves of what they hold.
+            low = [lane + (lane & width and LANES - width) for lane in range(LANES)]
+            high = [lane + width if not lane & width else lane + LANES for lane in range(LANES)]
+            pairs = [(rows[k], rows[k + width]) for k in range(width)]
+            rows = [
+                builder.fadd(*(builder.shuffle_vector(*pair, _lane_numbers(lanes)) for lanes in (low, high)))
+                for pair in pairs
+            ]
+            width //= 2
+        return rows[0]
+
+    return a(a, b, c, d, e, f, g, h), codegen
+
+
+@intrinsic
+def lowest_bit(typingctx: Any, bits: Any) -> Any:
+    """Place of the lowest bit that is set; undefined for 0."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(64)
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(word, [word, ir.IntType(1)]), "llvm.cttz.i64"
+        )
+        return builder.call(function, [args[0], ir.Constant(ir.IntType(1), 1)])
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def num_bits(typingctx: Any, bits: Any) -> Any:
+    """How many bits are set."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(64)
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(word, [word]), "llvm.ctpop.i64")
+        return builder.call(function, args)
+
+    return types.int64(types.int64), codegen
+
+
+def _lane_numbers(lanes: list[int]) -> ir.Constant:
+    return ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
 
 
 def _make_binary(operation: str) -> Any:

@@ -1,90 +1,145 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the three tile kernels (forward, backward, scores) share: the layout of a tile and alpha of a block.
+"""What the three tile kernels (forward, backward, scores) share: the layout of a tile, covers, and alpha of a block.
 
-A tile of 16 x 16 pixels is 8 x 4 blocks of 2 rows x 4 columns; one block is one vector. Per-pixel values of a tile
-live in arrays of 256, block after block: pixel (x, y) of the tile is lane (y % 2) * 4 + x % 4 of block
-(y // 2) * 4 + x // 4. A pixel that has ended, or lies outside the region, has a transmittance <= 0.
+A tile of 16 x 16 pixels is 8 x 4 blocks of 2 rows x 4 columns; one block is one vector. The values of a tile's pixels
+lie block after block in one array, several vectors ("planes") to a block: pixel (x, y) of the tile is lane
+(y % 2) * 4 + x % 4 of block (y // 2) * 4 + x // 4. A pixel that has ended, or lies outside the region, has a
+transmittance <= 0.
+
+A *cover* is a set of a tile's blocks, one bit each. The forward works out which blocks a splat may reach and then
+goes from bit to bit, which costs one branch a block, and none that depends on pixels. It notes the blocks where it
+did something; those are all the backward visits.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
-from masksplat.cpu.exponential import exp
-from masksplat.cpu.footprint import span_of_band
+from masksplat.cpu.exponential import exp2, exp2_constants
+from masksplat.cpu.footprint import is_large, span_of_band
 from masksplat.cpu.kernel import device
-from masksplat.cpu.simd import any_positive, broadcast, fma, load, prefetch, select_ge, select_gt, store
+from masksplat.cpu.simd import (
+    LANES,
+    any_positive,
+    broadcast,
+    fma,
+    load,
+    lowest_bit,
+    minus_magnitude,
+    prefetch_row,
+    select_ge,
+    select_gt,
+    store,
+    zeros_like,
+)
 from masksplat.types import ALPHA_MAX, ALPHA_MIN, TILE, TRANSMITTANCE_MIN
 
+Array = np.ndarray[Any, Any]
+
 BLOCK_WIDTH, BLOCK_HEIGHT = 4, 2
-BLOCK_COLUMNS = TILE // BLOCK_WIDTH
-TILE_PIXELS = TILE * TILE
+BLOCK_COLUMNS, BLOCK_ROWS = TILE // BLOCK_WIDTH, TILE // BLOCK_HEIGHT
+NUM_BLOCKS = BLOCK_COLUMNS * BLOCK_ROWS
+EVERY_ROW = sum(1 << (BLOCK_COLUMNS * row) for row in range(BLOCK_ROWS))
+"""Times a set of block columns: the cover of these columns in every row of blocks."""
+
+CENTRE_X, CENTRE_Y, LIGHT = 0, LANES, 2 * LANES
+"""Planes that every tile array begins with: where the pixels' centres are in the tile, and their transmittance."""
+
+NUM_CONSTANTS, FIRST_OF_EXP2 = 20, 4
+"""1, largest and smallest alpha, smallest transmittance, then those of exp2; what is left over is 0."""
+
+LOG2_E = 1.4426950408889634
+
 PREFETCH_AHEAD = 8
 CHECK_EVERY = 16
-"""Splats between two tests whether every pixel of the tile has ended."""
+"""Splats between two looks at which pixels of the tile have ended."""
 
 
 @device
-def lane_offsets(lanes):
-    """Fill lanes (16,) with the x (first 8) and y (last 8) offsets of the pixel centres of a block."""
-    for lane in range(8):
-        lanes[lane] = lane % BLOCK_WIDTH + 0.5
-        lanes[8 + lane] = lane // BLOCK_WIDTH + 0.5
-
-
-@device
-def tile_index(x, y):
-    """Position of the tile's pixel (x, y) in a per-tile array."""
+def plane_index(x, y, num_planes):
+    """Position of plane 0 of the tile's pixel (x, y) in an array of `num_planes` planes."""
     block = (y // BLOCK_HEIGHT) * BLOCK_COLUMNS + x // BLOCK_WIDTH
-    return block * 8 + (y % BLOCK_HEIGHT) * BLOCK_WIDTH + x % BLOCK_WIDTH
+    return block * num_planes * LANES + (y % BLOCK_HEIGHT) * BLOCK_WIDTH + x % BLOCK_WIDTH
 
 
 @device
-def block_rows(boxes, s, tile_x, tile_y):
-    """Half-open ranges (row_first, row_last, column_first, column_last) of blocks that splat s's pixel box touches."""
+def blank_tile(num_planes, array):
+    """A tile of the array's dtype before any splat: transmittance 1, and 0 in the planes behind it."""
+    real = array.dtype.type
+    blank = np.zeros(NUM_BLOCKS * num_planes * LANES, array.dtype)
+    for y in range(TILE):
+        for x in range(TILE):
+            at = plane_index(x, y, num_planes)
+            blank[at + CENTRE_X], blank[at + CENTRE_Y], blank[at + LIGHT] = real(x + 0.5), real(y + 0.5), real(1)
+    return blank
+
+
+@device
+def start_tile(pixels, blank, num_planes, width, height):
+    """Copy the blank tile to `pixels`; what lies outside width x height has ended."""
+    for at in range(0, blank.size, LANES):
+        store(pixels, at, load(blank, at))
+    if width < TILE or height < TILE:
+        for y in range(TILE):
+            for x in range(TILE):
+                if x >= width or y >= height:
+                    pixels[plane_index(x, y, num_planes) + LIGHT] = -1
+
+
+@device
+def living_blocks(pixels, num_planes):
+    """Cover of the blocks with a pixel that has not ended."""
+    cover = 0
+    for block in range(NUM_BLOCKS):
+        cover |= int(any_positive(load(pixels, block * num_planes * LANES + LIGHT))) << block
+    return cover
+
+
+@device
+def cover_of(boxes, footprints, rows, s, tile_x, tile_y):
+    """Cover of the blocks that splat s may reach in the tile: those of its box, cut to its ellipse if it is large."""
     x0, x1 = max(boxes[s, 0] - tile_x, 0), min(boxes[s, 2] - tile_x, TILE)
     y0, y1 = max(boxes[s, 1] - tile_y, 0), min(boxes[s, 3] - tile_y, TILE)
-    return (
-        y0 // BLOCK_HEIGHT,
-        (y1 + BLOCK_HEIGHT - 1) // BLOCK_HEIGHT,
-        x0 // BLOCK_WIDTH,
-        (x1 + BLOCK_WIDTH - 1) // BLOCK_WIDTH,
-    )
+    first, last = x0 // BLOCK_WIDTH, (x1 + BLOCK_WIDTH - 1) // BLOCK_WIDTH
+    top, bottom = y0 // BLOCK_HEIGHT, (y1 + BLOCK_HEIGHT - 1) // BLOCK_HEIGHT
+    if is_large(boxes, s) and footprints[s, 4] > 0.0:
+        return ellipse_cover(footprints, rows, s, tile_x, tile_y, (first, last, top, bottom))
+    columns = ((1 << last) - (1 << first)) * EVERY_ROW
+    return columns & ((1 << (BLOCK_COLUMNS * bottom)) - (1 << (BLOCK_COLUMNS * top)))
 
 
 @device
-def block_columns(footprints, rows, s, tile_x, block_y, first, last):
-    """Narrow the half-open block columns [first, last) of the block row at pixel `block_y` to the splat's ellipse."""
-    # A narrow splat has no footprint; asking its box instead spares a cache line.
-    if last - first < 3 or footprints[s, 4] == 0.0:
-        return first, last
-    low = block_y + 0.5 - np.float64(rows[s, 1])
-    left, right = span_of_band(
-        footprints, s, np.float64(rows[s, 2]), np.float64(rows[s, 3]), low, low + (BLOCK_HEIGHT - 1)
-    )
-    if left > right:
-        return 0, 0
-    origin = np.float64(rows[s, 0]) - 0.5 - tile_x
-    narrowed_first = max(first, math.ceil(left + origin) // BLOCK_WIDTH)
-    return narrowed_first, min(last, math.floor(right + origin) // BLOCK_WIDTH + 1)
+def ellipse_cover(footprints, rows, s, tile_x, tile_y, limits):
+    """Cover of splat s by its footprint, within the block ranges `limits` (first, last column, top, bottom row)."""
+    cover = 0
+    a, b = np.float64(rows[s, 2]), np.float64(rows[s, 3])
+    origin_x, origin_y = np.float64(rows[s, 0]) - 0.5 - tile_x, np.float64(rows[s, 1]) - 0.5 - tile_y
+    for row in range(limits[2], limits[3]):
+        low = row * BLOCK_HEIGHT - origin_y
+        left, right = span_of_band(footprints, s, a, b, low, low + (BLOCK_HEIGHT - 1))
+        if left <= right:
+            first = max(limits[0], math.ceil(left + origin_x) // BLOCK_WIDTH)
+            last = min(limits[1], math.floor(right + origin_x) // BLOCK_WIDTH + 1)
+            if first < last:
+                cover |= ((1 << last) - (1 << first)) << (BLOCK_COLUMNS * row)
+    return cover
 
 
 @device
-def splat_shape(rows, s, lanes, tile_x, tile_y):
-    """What `block_alpha` and the block loops need of splat s: (-a/2, -b, -c/2, opacity), and the lanes' offsets
-    (x, y) from the mean to the pixels of the tile's first block."""
+def splat_shape(rows, s, tile_x, tile_y):
+    """What `block_alpha` needs of splat s: (-a/2, -b, -c/2) log2(e), opacity, and its mean (x, y) in the tile."""
     real = rows.dtype.type
-    form = (
-        broadcast(real(-0.5) * rows[s, 2]),
-        broadcast(-rows[s, 3]),
-        broadcast(real(-0.5) * rows[s, 4]),
+    return (
+        broadcast(real(-0.5 * LOG2_E) * rows[s, 2]),
+        broadcast(real(-LOG2_E) * rows[s, 3]),
+        broadcast(real(-0.5 * LOG2_E) * rows[s, 4]),
         broadcast(rows[s, 5]),
+        broadcast(rows[s, 0] - real(tile_x)),
+        broadcast(rows[s, 1] - real(tile_y)),
     )
-    lane_x = load(lanes, 0) - broadcast(rows[s, 0] - real(tile_x))
-    lane_y = load(lanes, 8) - broadcast(rows[s, 1] - real(tile_y))
-    return form, lane_x, lane_y
 
 
 @device
@@ -94,61 +149,64 @@ def splat_colour(rows, s):
 
 
 @device
-def block_alpha(form, dx, dy, limits):
-    """(alpha, uncapped) with uncapped = opacity * exp(-(a dx^2 + c dy^2) / 2 - b dx dy); alpha is at most 0.99, or 0.
+def offsets(pixels, at, shape):
+    """(dx, dy) from the splat's mean to the pixels of the block at `at`."""
+    return load(pixels, at + CENTRE_X) - shape[4], load(pixels, at + CENTRE_Y) - shape[5]
 
-    `limits` comes from `constants`. The one expression that every kernel evaluates.
+
+@device
+def block_alpha(shape, dx, dy, constants):
+    """Opacity * exp(-(a dx^2 + c dy^2) / 2 - b dx dy), at most 0.99, and 0 where it is below 1/255.
+
+    The one expression that every kernel evaluates.
     """
-    half_a, b, half_c, opacity = form
-    zero, alpha_max, alpha_min = limits
-    uncapped = opacity * exp(fma(fma(half_a, dx, b * dy), dx, half_c * dy * dy))
+    alpha_max, alpha_min = constants[1], constants[2]
+    power = fma(fma(shape[0], dx, shape[1] * dy), dx, shape[2] * dy * dy)
+    uncapped = shape[3] * exp2(power, constants[FIRST_OF_EXP2:])
     alpha = select_gt(uncapped, alpha_max, alpha_max, uncapped)
-    return select_ge(alpha, alpha_min, alpha, zero), uncapped
+    return select_ge(uncapped, alpha_min, alpha, zeros_like(alpha))
 
 
 @device
-def any_alive(transmittance):
-    """True while some pixel of the tile has not ended."""
-    for at in range(0, TILE_PIXELS, 8):
-        if any_positive(load(transmittance, at)):
-            return True
-    return False
+def write_alphas(constants, shape, cover, pixels, num_planes, alphas):
+    """Write alpha of the blocks of `cover` to `alphas`, one after the other.
+
+    Apart from what is done with alpha: together they would be one chain of dependent instructions, too long for the
+    processor to look beyond. Two short ones overlap with those of the blocks behind them.
+    """
+    at_alpha = 0
+    while cover != 0:
+        dx, dy = offsets(pixels, lowest_bit(cover) * num_planes * LANES, shape)
+        cover &= cover - 1
+        store(alphas, at_alpha, block_alpha(shape, dx, dy, constants))
+        at_alpha += LANES
 
 
 @device
-def prefetch_splat(splats, position, stop, rows, boxes):
+def advance(before, effective, constants):
+    """(transmittance behind, weight a T) of pixels with transmittance `before` and `effective` = mask * alpha.
+
+    A pixel ends before the splat that would bring T below 1e-4: it keeps its T with a minus sign, and the weight is 0.
+    """
+    minimum = constants[3]
+    product = before * effective
+    after = before - product
+    # Of an ended pixel `after` is negative as well: it stays as it is.
+    light = select_ge(after, minimum, after, minus_magnitude(before))
+    return light, select_ge(after, minimum, product, zeros_like(product))
+
+
+@device
+def prefetch_splat(position, stop, splats, rows, boxes):
     """Ask for the splat that the tile will need PREFETCH_AHEAD positions later: lists jump about in memory."""
     s = splats[min(position + PREFETCH_AHEAD, stop - 1)]
-    prefetch(rows, s)
-    prefetch(boxes, s)
+    prefetch_row(rows, s)
+    prefetch_row(boxes, s)
 
 
-@device
-def start_transmittance(transmittance, width, height):
-    """1 for the tile's pixels inside width x height, -1 (ended) for those outside."""
-    one = transmittance.dtype.type(1)
-    for y in range(TILE):
-        for x in range(TILE):
-            transmittance[tile_index(x, y)] = one if x < width and y < height else -one
-
-
-@device
-def advance(transmittance, at, before, effective, zero):
-    """Let the lanes `before` (> 0: alive) pass a splat of `effective` = mask * alpha; returns the weight a T.
-
-    The pixel ends before the splat that would bring T below 1e-4: then the weight is 0 and -T is stored.
-    """
-    real = transmittance.dtype.type
-    after = before - before * effective
-    minimum = broadcast(real(TRANSMITTANCE_MIN))
-    kept = select_ge(after, minimum, after, zero - before)
-    store(transmittance, at, select_gt(before, zero, kept, before))
-    weight = select_ge(after, minimum, before * effective, zero)
-    return select_gt(before, zero, weight, zero)
-
-
-@device
-def constants(array):
-    """(zero, alpha_max, alpha_min) as vectors of the array's dtype."""
-    real = array.dtype.type
-    return broadcast(real(0)), broadcast(real(ALPHA_MAX)), broadcast(real(ALPHA_MIN))
+def tile_constants(dtype: Any) -> Array:
+    """The numbers (NUM_CONSTANTS,) that the kernels compare with and raise 2 to a power by, for `vectors_of`."""
+    numbers = np.zeros(NUM_CONSTANTS, dtype)
+    values = (1.0, ALPHA_MAX, ALPHA_MIN, TRANSMITTANCE_MIN, *exp2_constants(dtype))
+    numbers[: len(values)] = values
+    return numbers
