@@ -6,6 +6,7 @@
     MODEL/checkpoints/N/
     MODEL/ranks/, strategy_history.jsonl          training on several processes
     MODEL/{train,test}/ours_N/{renders,gt}/00000.png
+    MODEL/path/ours_N/{renders/00000.png,cameras.json,path.mp4}
     MODEL/results.json, per_view.json
 
 Knows nothing of Gaussians or of the command line: configurations are mappings of plain values.
@@ -151,7 +152,7 @@ class ModelFolder:
         return self.path / "point_cloud" / f"iteration_{iteration}" / "point_cloud.ply"
 
     def split_folder(self, split: str, iteration: int) -> Path:
-        """Folder of everything rendered of a set ("train" or "test") at an iteration."""
+        """Folder of everything rendered of a set ("train" or "test") or along a "path" at an iteration."""
         return self.path / split / f"ours_{iteration}"
 
     def renders(self, split: str, iteration: int) -> Path:
