@@ -68,6 +68,7 @@ TRAIN_SUMMARY = f"""Trains Gaussians on posed photos and learns which of them to
 RENDER_SUMMARY = f"""Renders the train and test views of a model into MODEL/{{train,test}}/ours_N/{{renders,gt}}.
 
   python render.py -m MODEL --skip_train         data set, split and background are read from the model folder
+  python render.py -m MODEL --path ellipse       a flight through the model: frames and a video in MODEL/path
 
 {SPELLING}"""
 METRICS_SUMMARY = f"""Measures rendered views: PSNR, SSIM, LPIPS into MODEL/results.json and MODEL/per_view.json.
@@ -193,7 +194,16 @@ def parse_render(arguments: Sequence[str]) -> RenderConfig:
     values = {**stored, **given}
     groups = {"model": ModelConfig, "pipeline": PipelineConfig, "render": RenderFlags}
     parts: dict[str, Any] = {name: fill_group(group, values) for name, group in groups.items()}
-    return RenderConfig(**parts, given=tuple(sorted(given)), notices=tuple(notices_of(flags, given)))
+    notices = (*notices_of(flags, given), *_flags_of_the_other_kind(given))
+    return RenderConfig(**parts, given=tuple(sorted(given)), notices=notices)
+
+
+def _flags_of_the_other_kind(given: Mapping[str, Any]) -> list[str]:
+    """A sentence for each flag that is about views when a path is drawn, or about a path when there is none."""
+    of_path, reason = ("path_frames", "path_fps", "path_width", "path_height"), "without --path there is no path"
+    of_views = ("skip_train", "skip_test", "generate_num", "sample_freq", "l", "r")
+    names, reason = (of_views, "with --path no view is drawn") if given.get("path") else (of_path, reason)
+    return [f"--{name} has no effect: {reason}." for name in names if name in given]
 
 
 def _stored_values(folder: ModelFolder, *, needed: bool) -> dict[str, Any]:

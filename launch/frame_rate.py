@@ -19,8 +19,8 @@ import torch
 
 from launch.cli import parse_render
 from launch.config import pick
+from launch.drawing import Drawer, load_drawer
 from launch.machine import available_cores
-from launch.render_views import Drawer, load_drawer
 from launch.run import run_main
 from launch.world import device_type_of
 from scene.cameras import Camera

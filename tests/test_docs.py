@@ -27,6 +27,7 @@ WRITTEN = re.compile(r"(demo-output|output|checkpoints|point_cloud|sparse|images
 FILES_OF_MODELS = {"config.json", "manifest.json", "cameras.json", "results.json", "per_view.json", "scales.json"}
 FILES_OF_MODELS |= {"results_train.json", "per_view_train.json"}
 FILES_OF_DATA_SETS = {"transforms_train.json", "transforms_test.json"}
+FILES_OF_NERFSTUDIO = {"camera_path.json", "dataparser_transforms.json"}
 FILES_OF_PREDECESSORS = {"run_all.py", "prune_finetune.py", "convert.py", "args.json", "results_test.json"}
 SUFFIXES = (".py", ".md", ".toml", ".txt", ".cff", ".yaml", ".json", ".png")
 
@@ -48,7 +49,7 @@ def typed_lines(text: str) -> list[str]:
 
 def missing_files(text: str, document: str) -> set[str]:
     """Paths in backticks and targets of links that are not in the repository, seen from its root or the document."""
-    known = FILES_OF_MODELS | FILES_OF_DATA_SETS | FILES_OF_PREDECESSORS
+    known = FILES_OF_MODELS | FILES_OF_DATA_SETS | FILES_OF_NERFSTUDIO | FILES_OF_PREDECESSORS
     words = {word.split("::")[0] for word in code_words(text)} - known
     paths = {word for word in words if re.fullmatch(r"\w[\w./-]*", word) and word.endswith((*SUFFIXES, "/"))}
     links = set(re.findall(r"\]\((?!https?:)([^)#]+)", text))

@@ -10,8 +10,8 @@ import pytest
 
 import launch.frame_rate
 import train
+from launch.drawing import Drawer
 from launch.frame_rate import LEAST_SECONDS, main, measure_frame_rate
-from launch.render_views import Drawer
 from scene.cameras import Camera
 from scene.errors import InputError
 

@@ -19,7 +19,8 @@ from PIL import Image
 from gaussian_renderer.rendering import render_view
 from launch.cli import parse_train
 from launch.config import RenderFlags, cfg_args_values, to_plain
-from launch.render_views import Drawer, PictureWriter, chosen_views, main
+from launch.drawing import Drawer, PictureWriter
+from launch.render_views import chosen_views, main
 from masksplat.ops import get_body
 from scene.cameras import Camera
 from scene.dataset import SceneOptions, load_scene
