@@ -89,6 +89,7 @@ def find_focus(poses: Poses) -> np.ndarray:
     their directions do not lead inwards (correlation of offsets and tilts below 1/2), tilts are noise, which draws that
     solution towards the cameras or behind them. Then it is put ahead of their middle, so far away that looking at it
     tilts the cameras as much as they are tilted: at sqrt(sum |c|^2 / sum |d|^2) of the parts across the mean direction.
+    It is never among cameras that look the same way, as those of a walk along a corridor do, but ahead of them all.
 
     Raises:
         InputError: the cameras stand in one place, or most of them look away from that point.
@@ -102,9 +103,12 @@ def find_focus(poses: Poses) -> np.ndarray:
         axis = mean / np.linalg.norm(mean)
         beside = (centers - middle) - np.outer((centers - middle) @ axis, axis)
         tilt = forward - np.outer(forward @ axis, axis)
-        sizes = np.linalg.norm(beside), np.linalg.norm(tilt)
-        if -(beside * tilt).sum() < 0.5 * sizes[0] * sizes[1] or sizes[1] * _FARTHEST * spread < sizes[0]:
-            return middle + axis * min(sizes[0] / max(sizes[1], 1e-12), _FARTHEST * spread)
+        sizes, along = (np.linalg.norm(beside), np.linalg.norm(tilt)), (centers - middle) @ axis
+        is_parallel = sizes[1] * _FARTHEST * spread < sizes[0]
+        leads_inwards = -(beside * tilt).sum() >= 0.5 * sizes[0] * sizes[1]
+        if is_parallel or not leads_inwards or offset @ axis <= np.percentile(along, 95):
+            depth = min(sizes[0] / max(sizes[1], 1e-12), _FARTHEST * spread)
+            return middle + axis * max(depth, along.max() + spread)
     ahead = ((middle + offset - centers) * forward).sum(axis=1) > 0
     if ahead.mean() <= 0.5:
         raise InputError(f"the cameras look away from each other, so that there is nothing to fly around: {FALLBACK}.")
@@ -183,7 +187,7 @@ def spiral(poses: Poses, num_frames: int) -> Poses:
     radii = np.minimum(np.percentile(np.abs((poses.centers - middle) @ frame), 90.0, axis=0), limits)
     t = np.linspace(0, 2 * np.pi * SPIRAL_TURNS, num_frames, endpoint=False)
     offsets = radii * np.stack([np.cos(t), np.sin(t), -np.sin(t / 2)], axis=1)
-    return look_at(middle + offsets @ frame.T, middle + forward * distance, up)
+    return look_at(middle + offsets @ frame.T, middle + forward * distance, -frame[:, 1])
 
 
 def _check_number(poses: Poses, what: str) -> None:

@@ -20,7 +20,7 @@ RADIAN = 2.0  # spreads of the centres that a turn of one radian counts as: turn
 FRAMES_PER_CAMERA = 8  # a path passes through fewer cameras rather than hurry
 MOST_ORDERED = 2000  # cameras that are put into order; of more, as many are taken evenly
 _MOST_PASSES = 50
-_NEAREST = 1e-3  # of the mean step: cameras that are closer together count as one
+_NEAREST = 0.05  # of the mean step: cameras that are closer together count as one, or the path would jerk there
 
 
 def through_all(cameras: Sequence[Camera], num_frames: int) -> tuple[Camera, ...]:
@@ -110,11 +110,15 @@ def distances(poses: Poses, others: Poses) -> np.ndarray:
 
     The spread is the root mean square distance of the first poses' centres from their mean (1 if that is zero).
     """
+    moves = np.linalg.norm(poses.centers[:, None] - others.centers[None], axis=2)
+    return _weighed(poses, moves, poses.rotations.reshape(-1, 9) @ others.rotations.reshape(-1, 9).T)
+
+
+def _weighed(poses: Poses, moves: np.ndarray, traces: np.ndarray) -> np.ndarray:
+    """Moves in spreads of the poses, plus what the turns with these traces count as."""
     offsets = poses.centers - poses.centers.mean(axis=0)
     spread = float(np.sqrt((offsets**2).sum(axis=1).mean())) or 1.0
-    moves = np.linalg.norm(poses.centers[:, None] - others.centers[None], axis=2) / spread
-    cosines = (poses.rotations.reshape(-1, 9) @ others.rotations.reshape(-1, 9).T - 1) / 2
-    return moves + RADIAN * np.arccos(cosines.clip(-1, 1))
+    return np.asarray(moves / spread + RADIAN * np.arccos(((traces - 1) / 2).clip(-1, 1)))
 
 
 def short_order(poses: Poses) -> np.ndarray:
@@ -161,8 +165,9 @@ def _untangled(order: np.ndarray, table: np.ndarray) -> np.ndarray:
 def _times(cameras: Sequence[Camera]) -> np.ndarray:
     """(N,) the way from the first camera to each."""
     poses = poses_of(cameras)
-    table = distances(poses, poses)
-    return np.append(0.0, np.cumsum(np.diagonal(table, offset=1)))
+    moves = np.linalg.norm(np.diff(poses.centers, axis=0), axis=1)
+    traces = (poses.rotations[:-1] * poses.rotations[1:]).sum(axis=(1, 2))
+    return np.append(0.0, np.cumsum(_weighed(poses, moves, traces)))
 
 
 def _thinned(cameras: Sequence[Camera], most: int) -> list[Camera]:
@@ -175,14 +180,17 @@ def _thinned(cameras: Sequence[Camera], most: int) -> list[Camera]:
 
 
 def _different(cameras: Sequence[Camera]) -> list[Camera]:
-    """The cameras without those that stand where the one before does: no time would pass between them.
+    """The cameras without those that are next to the one before, the first and the last among them.
 
     Raises:
         InputError: fewer than two are left.
     """
-    steps = np.diff(_times(cameras)) if len(cameras) > 1 else np.zeros(0)
-    kept = [cameras[0]]
-    kept += [camera for camera, step in zip(cameras[1:], steps, strict=True) if step > _NEAREST * steps.mean()]
+    times = _times(cameras)
+    nearest = _NEAREST * times[-1] / max(len(cameras) - 1, 1)
+    kept = [0]
+    for number in range(1, len(cameras)):
+        if times[number] - times[kept[-1]] > nearest:
+            kept.append(number)
     if len(kept) < 2:
         raise InputError("there is no path through cameras of which no two differ in place or direction; give others.")
-    return kept
+    return [cameras[number] for number in (*kept[:-1], len(cameras) - 1)]

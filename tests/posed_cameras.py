@@ -51,7 +51,22 @@ def aerial(seed: int = 2) -> Poses:
     return Poses(centers, np.concatenate([part.rotations for part in parts]))
 
 
+def corridor(seed: int = 3) -> Poses:
+    """A walk straight ahead."""
+    random = np.random.default_rng(seed)
+    centers = np.array([20, 0.2, 0.1]) * np.stack([np.linspace(0, 1, 60), *random.standard_normal((2, 60))], axis=1)
+    return looking(centers, centers + [1, 0, 0] + 0.1 * random.standard_normal((60, 3)))
+
+
+def cap(seed: int = 4) -> Poses:
+    """Photos of the origin from all sides above, steeply."""
+    ways = np.random.default_rng(seed).standard_normal((2000, 3))
+    ways = ways / np.linalg.norm(ways, axis=1, keepdims=True)
+    return looking(4 * ways[ways[:, 2] > 0.7][:60], np.zeros(3))
+
+
 SCENES = {"orbit": orbit(), "arc": orbit(150), "facing": facing(), "aerial": aerial()}
+SCENES |= {"corridor": corridor(), "cap": cap()}
 
 
 def moved(poses: Poses, scale: float, turn: Rotation, shift: np.ndarray) -> Poses:
