@@ -61,7 +61,7 @@ class Region:
 class ViewRows(NamedTuple):
     """The packed splats of one view: `most` rows, of which the first in_use[0] are there (all, when it is None).
 
-    first: where they begin in the `Splats` whose pieces these are.
+    splats: whose pieces these are, and keeps alive; first: where they begin there.
     """
 
     rows: Piece
@@ -71,6 +71,7 @@ class ViewRows(NamedTuple):
     in_use: Piece | None
     most: int
     first: int
+    splats: Splats
 
 
 class Zeros(NamedTuple):
@@ -330,7 +331,7 @@ def view_rows(splats: Splats, view: int, device: torch.device) -> ViewRows:
     rows, boxes, depths, ids = [rows_of(column, first, last, device) for column in columns]
     counts = splats.counts
     in_use = None if counts is None else rows_of(counts, view, view + 1, device)
-    return ViewRows(rows, boxes, depths, ids, in_use, last - first, first)
+    return ViewRows(rows, boxes, depths, ids, in_use, last - first, first, splats)
 
 
 def check_float32(**tensors: Tensor | None) -> None:
