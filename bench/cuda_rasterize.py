@@ -137,13 +137,14 @@ def median_milliseconds(call: Callable[[], object], repeats: int) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """What one frame asks for: V splats, I instances, those of splats with few, processed buckets, evaluated pairs."""
+    """One frame: V splats, I instances, those of splats with few, processed buckets, evaluated pairs, tiles."""
 
     splats: int
     instances: int
     small_instances: int
     buckets: int
     pairs: int
+    tiles: int
 
     @classmethod
     def of(cls, frame: Frame) -> Work:
@@ -153,21 +154,23 @@ class Work:
         firsts = bytes_of(lists.kept.memory, lists.kept.first_instances)
         counts = firsts.view(torch.int32)[: splats + 1].diff()
         small = int(counts[counts <= FEW_TILES].sum())
-        return cls(splats, instances, small, lists.buckets_in_use(), int(frame.pairs_per_row.sum()))
+        pairs = int(frame.pairs_per_row.sum())
+        return cls(splats, instances, small, lists.buckets_in_use(), pairs, lists.region.num_tiles)
 
     def bytes_of(self, kernel: str) -> float | None:
         """Bytes that one launch must move at least; None for a kernel that is measured in pairs."""
         v, i = self.splats, self.instances
         return {
-            "binning.prepare": v * (ROW_BYTES + 28.0),
-            "binning.emit": v * (ROW_BYTES + 28.0) + 12.0 * self.small_instances,
+            "binning.prepare": v * (ROW_BYTES + 44.0),
+            "binning.emit": v * 20.0 + 12.0 * self.small_instances,
             "binning.emit_parts": 12.0 * (i - self.small_instances),
             "binning.tile_ranges": 4.0 * i,
+            "binning.order_tiles": 12.0 * self.tiles,
             "radix_sort.sort_one": 16.0 * v,
             "radix_sort.sort_two": 24.0 * i,
             "radix_sort.order_ties": 4.0 * v,
             "rasterize_backward.sum_parts": ROW_BYTES * (i - self.small_instances),
-            "rasterize_backward.finish_rows": ROW_BYTES * (self.small_instances + 3.0 * v),
+            "rasterize_backward.finish_rows": ROW_BYTES * (self.small_instances + 2.0 * v),
         }.get(kernel)
 
 

@@ -223,6 +223,14 @@ def test_whole_image_box_of_a_splat_that_floods_it(launcher: Launcher) -> None:
     assert found.boxes[:1].tolist() == [[0, 0, 70, 50]]
 
 
+@pytest.mark.parametrize("num_views", [1, 3])
+def test_blocks_that_take_several_rounds(any_order: Launcher, monkeypatch: pytest.MonkeyPatch, num_views: int) -> None:
+    """1000 Gaussians by one block: what a round leaves in shared memory must not reach the next."""
+    gaussians, views, masks = scene(1000, (40, 30), seed=44, num_views=num_views, log_scale=-2.5)
+    monkeypatch.setattr(projection, "PROJECT_BLOCKS", 1)
+    compare(any_order, gaussians, views, settings_for(), masks)
+
+
 def test_cameras_packed_on_the_device(launcher: Launcher) -> None:
     """Views of several sizes, from tensors on the device and from the host: the same numbers, counts of zero."""
     views = make_views((40, 30), num_views=5, dtype=torch.float32)

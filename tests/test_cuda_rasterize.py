@@ -149,6 +149,39 @@ def test_thin_and_huge_splats(launcher):
     compare(launcher, projected(200, (80, 60), seed=39, scales=scales), (80, 60))
 
 
+def test_needles_over_many_rows_of_tiles(launcher):
+    """Up to 14 rows of few tiles: their spans fill one word of a record, two, or do not fit (source/binning.cu)."""
+    rng, size = np.random.default_rng(42), (90, 14 * TILE - 5)
+    scales = torch.tensor(np.stack([rng.uniform(-6, -4, 60), rng.uniform(-2, 1, 60), rng.uniform(-6, -4, 60)], axis=1))
+    compare(launcher, projected(60, size, seed=42, scales=scales.float()), size)
+
+
+def test_lists_of_boxes_of_every_shape(launcher):
+    """One splat for each number of columns and rows of tiles up to 17: its list is the box."""
+    edge = 18 * TILE
+    shapes = [(x, y) for y in range(1, 18) for x in range(1, 18)]
+    splats = projected(500, (edge, edge), seed=43)
+    firsts = np.random.default_rng(43).integers(0, 18 - np.array(shapes), endpoint=True)
+    splats = dataclasses.replace(
+        splats, **{name: getattr(splats, name)[: len(shapes)] for name in ("rows", "boxes", "depths", "ids")},
+        view_offsets=torch.tensor([0, len(shapes)]),
+    )  # fmt: skip
+    splats.rows[:, 2:6] = torch.tensor([1e-6, 1e-7, 1e-6, 0.01])  # reaches everything in its box
+    splats.boxes[:] = torch.from_numpy(np.concatenate([firsts * TILE + 3, (firsts + shapes) * TILE - 2], axis=1)).int()
+    there = moved(splats, device=launcher.device)
+    lists = Rasterizer(launcher).rasterize(there, 0, (edge, edge), BACKGROUND.to(launcher.device)).state
+    made, _ = lists.totals()
+    ranges = words(lists.zeros, lists.zeros.ranges)[: 2 * 18 * 18].view(-1, 2)
+    tiles = torch.repeat_interleave(torch.arange(18 * 18), ranges.diff()[:, 0])
+    found = sorted(zip(words(lists.kept, lists.kept.rows)[:made].tolist(), tiles.tolist(), strict=True))
+    assert found == sorted(
+        (row, 18 * (top + y) + left + x)
+        for row, ((left, top), (width, height)) in enumerate(zip(firsts.tolist(), shapes, strict=True))
+        for y in range(height)
+        for x in range(width)
+    )
+
+
 @pytest.mark.parametrize("size", [(33 * TILE + 3, 8 * TILE), (TILE + 2, 34 * TILE + 5)])
 def test_one_splat_over_all_tiles(launcher, size):
     """More than 32 columns, or rows, of tiles; in the first case more than 256 tiles, which take two passes."""

@@ -28,11 +28,14 @@ from masksplat.types import (
     Views,
 )
 
-CAMERA_SIZE = 25
-"""Floats of `Camera` in geometry.cuh: those of masksplat.cpu.geometry, width and height."""
+CAMERA_SIZE = 28
+"""Floats of `Camera` in geometry.cuh: those of masksplat.cpu.geometry, width and height, and three without meaning."""
 
 PROJECT_BLOCK, BACKWARD_BLOCK, ADAM_BLOCK = 128, 64, 256
 """Threads of a block; the first two with one Gaussian each."""
+
+PROJECT_BLOCKS, MOST_ROUNDS = 8192, 8
+"""Beyond so many blocks each takes up to so many times PROJECT_BLOCK Gaussians, one after the other."""
 
 SMALL = 14
 """Floats of a Gaussian without shN."""
@@ -86,7 +89,7 @@ def project(
     uses_harmonics = settings.sh_degree is not None and settings.sh_degree > 0
     shared_floats = max(stride if uses_harmonics else 0, NUM_ROW_COLUMNS)  # of each thread: coefficients, then its row
     launcher(
-        f"project.project_{KERNEL_SUFFIXES[settings.sh_degree]}", -(-num_gaussians // PROJECT_BLOCK), PROJECT_BLOCK,
+        f"project.project_{KERNEL_SUFFIXES[settings.sh_degree]}", _project_blocks(num_gaussians), PROJECT_BLOCK,
         *table, masks, ids, cameras, np.int32(num_gaussians), np.int32(num_views),
         np.int32(stride), np.float32(settings.near_plane), np.float32(settings.far_plane), *_flags(settings),
         splats.rows, splats.depths, splats.ids, splats.gaussians, splats.boxes, splats.slots, counts,
@@ -184,6 +187,11 @@ def adam_factors(step: AdamStep) -> tuple[float, float, float, float, float]:
     return step.beta1, step.beta2, rate, (1.0 - step.beta2**step.update) ** -0.5, step.eps
 
 
+def _project_blocks(num_gaussians: int) -> int:
+    blocks = -(-num_gaussians // PROJECT_BLOCK)
+    return -(-blocks // min(max(blocks // PROJECT_BLOCKS, 1), MOST_ROUNDS))
+
+
 def upload(launcher: Launcher, array: np.ndarray) -> Tensor:
     """Copy of a small host array on the launcher's device, without waiting for it."""
     host = torch.from_numpy(array)
@@ -210,7 +218,8 @@ def _cameras_and_counts(launcher: Launcher, views: Views) -> tuple[Tensor, Tenso
 def _packed_on_host(views: Views) -> np.ndarray:
     """The cameras, one after the other, and B zeros."""
     host = Views(views.viewmats.cpu(), views.intrinsics.cpu(), views.sizes)
-    cameras = np.concatenate([pack_cameras(host, np.float32), np.array(views.sizes, np.float32)], axis=1)
+    used = np.concatenate([pack_cameras(host, np.float32), np.array(views.sizes, np.float32)], axis=1)
+    cameras = np.pad(used, ((0, 0), (0, CAMERA_SIZE - used.shape[1])))
     return np.concatenate([cameras.reshape(-1), np.zeros(len(views), np.float32)])
 
 

@@ -27,7 +27,7 @@ from masksplat.cuda.tile_lists import (
 from masksplat.types import NUM_ROW_COLUMNS, Frame, Splats
 
 BACKWARD_WARPS = 4
-FINISH_SPLATS, FINISH_THREADS = 64, 320
+FINISH_SPLATS, FINISH_THREADS = 96, 256
 
 
 class Rasterizer:
@@ -134,7 +134,7 @@ class Rasterizer:
         rgb = torch.empty((height, width, 3), dtype=torch.float32, device=self.launcher.device)
         transmittance = torch.empty((height, width), dtype=torch.float32, device=self.launcher.device)
         self.launcher(
-            "rasterize.forward_tiles", region.num_tiles, THREADS, packed.rows, zeros.ranges, kept.rows,
+            "rasterize.forward_tiles", region.num_tiles, THREADS, packed.rows, zeros.ranges, kept.tile_order, kept.rows,
             *region.arguments, width, background, rgb, transmittance, zeros.pairs, kept.reached,
             kept.ends, kept.buckets, kept.alive, kept.checkpoints,
             zeros.bucket_counter if num_buckets > 0 else None, num_buckets, self.capacity.status,

@@ -20,8 +20,15 @@ from masksplat.cuda.launcher import Launcher
 from masksplat.types import TILE, Splats
 
 THREADS = 256
-SORT_CHUNK = 2048
-"""Keys that a block of radix_sort.cu takes."""
+ORDER_THREADS = 1024
+BLOCK_SPLATS = 1024
+"""Splats that a block of `prepare` or `emit` takes: four a thread. So do `order_ties` and `tile_ranges`, with keys."""
+
+SPLAT_CHUNK, INSTANCE_CHUNK = 2048, 4096
+"""Keys that a block of radix_sort.cu takes: of splats, of instances."""
+
+PARTS_CHUNK = 2048
+"""Instances for each block that deals with parts, eight of them full."""
 
 DIGITS = 256
 DIGIT_BITS = 8
@@ -100,6 +107,7 @@ class Kept(NamedTuple):
     parts: Piece  # (instances / LEAST_INSTANCES_PER_PART, 4) int32
     reached: Piece  # (instances,) uint8
     ends: Piece  # (tiles,) int32
+    tile_order: Piece  # (tiles,) int32, longest lists first
     buckets: Piece  # (buckets, 2) int32
     alive: Piece  # (buckets, SUBTILES) uint32
     checkpoints: Piece  # (buckets, 256, 4) float32
@@ -109,6 +117,7 @@ class Scratch(NamedTuple):
     """Memory of one binning, pieces of `memory`: two of what is sorted back and forth."""
 
     memory: Tensor
+    records: Piece  # (most rows, 4) uint32, see source/binning.cu
     keys: tuple[Piece, Piece]
     orders: tuple[Piece, Piece]
     tiles: tuple[Piece, Piece]
@@ -152,7 +161,7 @@ def blocks_of(count: int, threads: int = THREADS) -> int:
 
 def part_blocks(num_instances: int) -> int:
     """Blocks of eight warps for the parts of as many instances; each warp takes one part after the other."""
-    return min(MOST_PART_BLOCKS, blocks_of(num_instances, SORT_CHUNK))
+    return min(MOST_PART_BLOCKS, blocks_of(num_instances, PARTS_CHUNK))
 
 
 def _tile_passes(num_tiles: int) -> tuple[int, int]:
@@ -179,8 +188,8 @@ def _zeros_layout(region: Region, most: int) -> Layout:
             4 * DIGITS * passes,
             4 * DEPTH_PASSES,
             4 * passes,
-            8 * blocks_of(most),
-            8 * blocks_of(most),
+            8 * blocks_of(most, BLOCK_SPLATS),
+            8 * blocks_of(most, BLOCK_SPLATS),
             8 * region.tile_rows,
         )
     )
@@ -196,6 +205,7 @@ def _kept_layout(region: Region, most: int, num_instances: int, num_buckets: int
             16 * blocks_of(num_instances, LEAST_INSTANCES_PER_PART),
             num_instances if num_buckets else 0,
             4 * region.num_tiles,
+            4 * region.num_tiles,
             8 * num_buckets,
             4 * SUBTILES * num_buckets,
             CHECKPOINT_BYTES * num_buckets,
@@ -209,10 +219,11 @@ def _scratch_layout(region: Region, most: int, num_instances: int) -> Layout:
     words = 4 * DIGITS
     return Layout(
         (
+            16 * most,
             *[4 * most] * 4,
             *[4 * num_instances] * 4,
-            words * DEPTH_PASSES * blocks_of(most, SORT_CHUNK),
-            words * passes * blocks_of(num_instances, SORT_CHUNK),
+            words * DEPTH_PASSES * blocks_of(most, SPLAT_CHUNK),
+            words * passes * blocks_of(num_instances, INSTANCE_CHUNK),
         )
     )
 
@@ -233,7 +244,7 @@ def _make_scratch(region: Region, most: int, num_instances: int, device: torch.d
     layout = _scratch_layout(region, most, num_instances)
     memory = raw(layout, device)
     cut = layout.cut(memory)
-    return Scratch(memory, (cut[0], cut[1]), (cut[2], cut[3]), (cut[4], cut[5]), *cut[6:])
+    return Scratch(memory, cut[0], (cut[1], cut[2]), (cut[3], cut[4]), (cut[5], cut[6]), *cut[7:])
 
 
 def make_tile_lists(
@@ -259,16 +270,18 @@ def make_tile_lists(
         _prepare(launcher, view, lists, scratch, status)
         _sort_by_depth(launcher, view, lists, scratch)
         _sort_by_tile(launcher, view, lists, scratch)
+    if region.num_tiles > 0:
+        launcher("binning.order_tiles", 1, ORDER_THREADS, zeros.ranges, region.num_tiles, kept.tile_order)
     return lists
 
 
 def _prepare(launcher: Launcher, view: ViewRows, lists: TileLists, scratch: Scratch, status: Tensor) -> None:
     zeros = lists.zeros
     launcher(
-        "binning.prepare", blocks_of(view.most), THREADS, view.rows, view.boxes, view.depths, view.in_use,
-        view.most, *lists.region.arguments, lists.num_instances, scratch.keys[0],
-        lists.kept.first_instances, zeros.depth_histograms, scratch.depth_words,
-        blocks_of(view.most, SORT_CHUNK), zeros.prepare_words, zeros.totals, status,
+        "binning.prepare", blocks_of(view.most, BLOCK_SPLATS), THREADS, view.rows, view.boxes, view.depths,
+        view.in_use, view.most, *lists.region.arguments, lists.num_instances, scratch.keys[0],
+        lists.kept.first_instances, scratch.records, zeros.depth_histograms, scratch.depth_words,
+        blocks_of(view.most, SPLAT_CHUNK), zeros.prepare_words, zeros.totals, status,
     )  # fmt: skip
 
 
@@ -278,13 +291,13 @@ def _sort_by_depth(launcher: Launcher, view: ViewRows, lists: TileLists, scratch
     for number in range(DEPTH_PASSES):
         here, there = number % 2, 1 - number % 2
         launcher(
-            "radix_sort.sort_one", blocks_of(view.most, SORT_CHUNK), THREADS, scratch.keys[here], scratch.keys[there],
+            "radix_sort.sort_one", blocks_of(view.most, SPLAT_CHUNK), THREADS, scratch.keys[here], scratch.keys[there],
             scratch.orders[here] if number > 0 else None, scratch.orders[there], zeros.totals, zeros.depth_histograms,
             scratch.depth_words, zeros.depth_tickets, number, DIGIT_BITS,
         )  # fmt: skip
     launcher(
-        "radix_sort.order_ties", blocks_of(view.most), THREADS, scratch.keys[0], scratch.orders[0], view.ids,
-        zeros.totals,
+        "radix_sort.order_ties", blocks_of(view.most, BLOCK_SPLATS), THREADS, scratch.keys[0], scratch.orders[0],
+        view.ids, zeros.totals,
     )  # fmt: skip
 
 
@@ -296,9 +309,9 @@ def _sort_by_tile(launcher: Launcher, view: ViewRows, lists: TileLists, scratch:
     if passes % 2 == 0:
         rows, instances = rows[::-1], instances[::-1]
     launcher(
-        "binning.emit", blocks_of(view.most), THREADS, view.rows, view.boxes, scratch.orders[0], kept.first_instances,
-        *lists.region.arguments, scratch.tiles[0], rows[0], instances[0], kept.parts, zeros.tile_histograms,
-        passes, bits, scratch.tile_words, blocks_of(lists.num_instances, SORT_CHUNK),
+        "binning.emit", blocks_of(view.most, BLOCK_SPLATS), THREADS, view.rows, view.boxes, scratch.orders[0],
+        scratch.records, *lists.region.arguments, scratch.tiles[0], rows[0], instances[0], kept.parts,
+        zeros.tile_histograms, passes, bits, scratch.tile_words, blocks_of(lists.num_instances, INSTANCE_CHUNK),
         zeros.emit_words, zeros.totals,
     )  # fmt: skip
     launcher(
@@ -309,13 +322,13 @@ def _sort_by_tile(launcher: Launcher, view: ViewRows, lists: TileLists, scratch:
     for number in range(passes):
         here, there = number % 2, 1 - number % 2
         launcher(
-            "radix_sort.sort_two", blocks_of(lists.num_instances, SORT_CHUNK), THREADS, scratch.tiles[here],
+            "radix_sort.sort_two", blocks_of(lists.num_instances, INSTANCE_CHUNK), THREADS, scratch.tiles[here],
             scratch.tiles[there], rows[here], rows[there], instances[here], instances[there], zeros.totals,
             zeros.tile_histograms, scratch.tile_words, zeros.tile_tickets, number, bits,
         )  # fmt: skip
     launcher(
-        "binning.tile_ranges", blocks_of(lists.num_instances), THREADS, scratch.tiles[passes % 2], zeros.totals,
-        zeros.ranges,
+        "binning.tile_ranges", blocks_of(lists.num_instances, BLOCK_SPLATS), THREADS, scratch.tiles[passes % 2],
+        zeros.totals, zeros.ranges,
     )  # fmt: skip
 
 

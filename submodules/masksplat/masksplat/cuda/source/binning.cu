@@ -3,13 +3,19 @@
 //
 // An instance is a (splat, tile) pair of the region. Instances are numbered splat by splat in the order of the rows, so
 // that a splat's gradient rows are neighbours; they are emitted in depth order and then sorted by tile, stably.
-//   prepare        per row: number of instances, number of its first instance, depth key; per view: totals
+//   prepare        per row: number of its first instance, depth key, and the tiles in 16 bytes (records); totals
 //   emit           per splat in depth order: tile, row and number of each instance, or its parts (totals.cuh)
 //   emit_parts     the same for the instances of parts
 //   tile_ranges    per tile: first and one past the last place in the sorted list
+//   order_tiles    tiles by the length of their lists, longest first
 //
 // Sizes are unequal: a splat may cover one tile or all of them. So rows of tiles of tall splats are counted by all of a
 // block's lanes in groups, and large splats are emitted in parts by all warps of the device.
+//
+// Both scans pass from block to block, which takes its time: a block has four splats a thread. What `emit` reads of a
+// splat lies anywhere, so it is one record: (number of the first instance, count << 27 | tile at the upper left, spans),
+// a byte of spans a row of tiles, the first column from the left in the low half, their number in the high one. Where
+// that does not fit, the count is 31, and the first word of spans has it; splats of more than FEW_TILES never fit.
 //
 // A region is (first pixel row, one past the last, tile columns); tile rows start at its first row.
 
@@ -27,9 +33,14 @@ constexpr int MOST_TILE_PASSES = 4;
 constexpr int FEW_ROWS = 4;                     // a lane counts so many rows of tiles by itself, a group more
 constexpr int GROUP = 8;                        // lanes
 constexpr int GROUPS = THREADS / GROUP;
-constexpr int SORT_CHUNK = 2048;                // keys of a block of radix_sort.cu
+constexpr int SPLAT_CHUNK = 2048, INSTANCE_CHUNK = 4096;  // keys of a block of radix_sort.cu
 constexpr int PARTS_SHIFT = 32;                 // in a scanned word: instances below, parts above
 constexpr int OWNER_SHIFT = 27;                 // a staged instance: lane of its splat, and tile below
+constexpr int ITEMS = 4;                        // splats of a thread in `prepare` and `emit`, neighbours in other lanes
+constexpr int BLOCK_SPLATS = THREADS * ITEMS;
+constexpr int MOST_SPANS = 8;                   // rows of tiles in a record
+constexpr unsigned MOST_OF_SPAN = 15;           // columns, and how far they may begin from the left
+constexpr unsigned NO_SPANS = 31;               // for a count: the record holds no spans
 
 struct Region {
     int first_row, last_row, columns;
@@ -46,8 +57,10 @@ __device__ __forceinline__ void note_instances(int* status, Word needed) {
     status[STATUS_OVERFLOW] = 1;
 }
 
-__device__ __forceinline__ TileBox load_box(const float* row, const int* box, const Region& region) {
-    return {box[0], max(box[1], region.first_row), box[2], min(box[3], region.last_row), row[MEAN_X], row[MEAN_Y]};
+__device__ __forceinline__ TileBox load_box(const float* row, const int* its_box, const Region& region) {
+    const int4 box = *reinterpret_cast<const int4*>(its_box);
+    const float2 mean = *reinterpret_cast<const float2*>(row + MEAN_X);
+    return {box.x, max(box.y, region.first_row), box.z, min(box.w, region.last_row), mean.x, mean.y};
 }
 
 __device__ __forceinline__ int first_tile_row(const TileBox& box, const Region& region) {
@@ -84,64 +97,117 @@ __device__ __forceinline__ int2 columns_of_row(const TileBox& box, const Footpri
 
 __device__ __forceinline__ Footprint footprint_of_row(const float* row, bool is_needed) {
     Footprint footprint = {0.0f, 0.0f, 0.0f, 0.0f, -1.0f, 0.0f};
-    if (is_needed) footprint = make_footprint(row[CONIC_A], row[CONIC_B], row[CONIC_C], log2f(row[OPACITY]));
+    if (is_needed) {
+        const float2 conic_ab = *reinterpret_cast<const float2*>(row + CONIC_A);
+        const float2 conic_c_opacity = *reinterpret_cast<const float2*>(row + CONIC_C);
+        footprint = make_footprint(conic_ab.x, conic_ab.y, conic_c_opacity.x, log2f(conic_c_opacity.y));
+    }
     return footprint;
 }
 
-// Tiles in every `step`-th of the tile rows from `first` up to `last`.
-__device__ __forceinline__ int tiles_of_rows(const TileBox& box, const Footprint& footprint, const Region& region,
-                                             int first, int last, int step) {
-    int count = 0;
-    for (int row = first; row < last; row += step) {
-        const int2 columns = columns_of_row(box, footprint, region, row);
-        count += columns.y - columns.x;
-    }
-    return count;
-}
-
-// Splats of a block that are too tall for one lane.
-struct TallSplats {
-    int number;                                 // 0 at first
-    int threads[THREADS];                       // whose splats they are, in any order
-    int counts[THREADS];                        // by thread: tiles of its splat
+// Tiles of some rows of a splat, and their spans as in a record.
+struct Spans {
+    int count;
+    unsigned low, high;
+    bool is_complete;                           // false when the spans do not fit
 };
 
-// Tiles that the splat of the tall[k]-th thread reaches, by a group of lanes. All lanes of the warp call it.
-__device__ __forceinline__ void count_tall(const float* rows, const int* boxes, const Region& region, int k,
-                                           TallSplats& tall) {
-    const int member = threadIdx.x % GROUP, owner = k < tall.number ? tall.threads[k] : -1;
-    int sum = 0;
-    if (owner >= 0) {
-        const float* row = rows + owner * NUM_ROW_COLUMNS;
-        const TileBox box = load_box(row, boxes + owner * 4, region);
-        const int first = first_tile_row(box, region), num_rows = num_tile_rows(box, region);
-        const Footprint footprint = footprint_of_row(row, !box_suffices(box, num_rows));
-        sum = tiles_of_rows(box, footprint, region, first + member, first + num_rows, GROUP);
+// Tiles in every `step`-th of the splat's tile rows from its `member`-th on.
+__device__ __forceinline__ Spans spans_of_rows(const TileBox& box, const Footprint& footprint, const Region& region,
+                                               int num_rows, int member, int step) {
+    Spans spans = {0, 0, 0, num_rows <= MOST_SPANS};
+    const int first = first_tile_row(box, region), left = box.x0 / TILE;
+    for (int row = member; row < num_rows; row += step) {
+        const int2 columns = columns_of_row(box, footprint, region, first + row);
+        const unsigned number = columns.y - columns.x, offset = number == 0 ? 0u : columns.x - left;
+        spans.count += int(number);
+        spans.is_complete = spans.is_complete && number <= MOST_OF_SPAN && offset <= MOST_OF_SPAN;
+        const unsigned bits = (number << 4 | offset) << (8 * (row % 4));
+        if (row < 4) {
+            spans.low |= bits;
+        } else {
+            spans.high |= bits;
+        }
     }
-#pragma unroll
-    for (int step = GROUP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
-    if (owner >= 0 && member == 0) tall.counts[owner] = sum;
+    return spans;
 }
 
-// Tiles that each thread's splat reaches. `rows` and `boxes` are those of the block's first splat. Barriers are inside.
-__device__ __forceinline__ int count_tiles(const float* rows, const int* boxes, const TileBox& box,
-                                           const Region& region, TallSplats& tall) {
-    const int num_rows = num_tile_rows(box, region), first = first_tile_row(box, region);
-    const bool is_tall = num_rows > FEW_ROWS;
-    int count = 0;
-    if (is_tall) {
-        tall.threads[atomicAdd(&tall.number, 1)] = threadIdx.x;
-    } else if (num_rows > 0) {
-        const float* row = rows + threadIdx.x * NUM_ROW_COLUMNS;
+__device__ __forceinline__ uint4 make_record(const TileBox& box, const Region& region, const Spans& spans) {
+    if (!spans.is_complete || spans.count > FEW_TILES) {
+        return make_uint4(0, NO_SPANS << OWNER_SHIFT, unsigned(spans.count), 0);
+    }
+    const int tile = spans.count == 0 ? 0 : first_tile_row(box, region) * region.columns + box.x0 / TILE;
+    return make_uint4(0, unsigned(spans.count) << OWNER_SHIFT | unsigned(tile), spans.low, spans.high);
+}
+
+// Splats of a block that are too tall for one lane, numbered within the block.
+struct TallSplats {
+    int number;                                 // 0 at first
+    unsigned short splats[BLOCK_SPLATS];        // in any order
+    int counts[BLOCK_SPLATS];                   // by splat: its tiles
+};
+
+// The tall.splats[k]-th of the splats from `rows` on, by a group of lanes. All lanes of the warp call it.
+__device__ __forceinline__ void count_tall(const float* rows, const int* boxes, uint4* records, const Region& region,
+                                           int k, TallSplats& tall) {
+    const int member = threadIdx.x % GROUP, splat = k < tall.number ? tall.splats[k] : -1;
+    Spans spans = {0, 0, 0, true};
+    TileBox box = {0, 0, 0, 0, 0.0f, 0.0f};
+    if (splat >= 0) {
+        const float* row = rows + splat * NUM_ROW_COLUMNS;
+        box = load_box(row, boxes + splat * 4, region);
+        const int num_rows = num_tile_rows(box, region);
         const Footprint footprint = footprint_of_row(row, !box_suffices(box, num_rows));
-        count = tiles_of_rows(box, footprint, region, first, first + num_rows, 1);
+        spans = spans_of_rows(box, footprint, region, num_rows, member, GROUP);
+    }
+    int is_incomplete = spans.is_complete ? 0 : 1;
+#pragma unroll
+    for (int step = GROUP / 2; step > 0; step /= 2) {
+        spans.count += __shfl_xor_sync(ALL_LANES, spans.count, step);
+        spans.low |= __shfl_xor_sync(ALL_LANES, spans.low, step);
+        spans.high |= __shfl_xor_sync(ALL_LANES, spans.high, step);
+        is_incomplete |= __shfl_xor_sync(ALL_LANES, is_incomplete, step);
+    }
+    spans.is_complete = is_incomplete == 0;
+    if (splat >= 0 && member == 0) {
+        tall.counts[splat] = spans.count;
+        records[splat] = make_record(box, region, spans);
+    }
+}
+
+// Tiles that each of the thread's splats reaches, and all of their records but the first word. `rows`, `boxes` and
+// `records` are those of the block's first splat, the thread's k-th is number `own + k * WARP` of `number`. Barriers are
+// inside.
+__device__ __forceinline__ void count_tiles(const float* rows, const int* boxes, uint4* records, const Region& region,
+                                            int own, int number, TallSplats& tall, int (&counts)[ITEMS]) {
+    unsigned tall_items = 0;
+#pragma unroll
+    for (int k = 0; k < ITEMS; ++k) {
+        const int splat = own + k * WARP;
+        counts[k] = 0;
+        if (splat >= number) continue;
+        const float* row = rows + splat * NUM_ROW_COLUMNS;
+        const TileBox box = load_box(row, boxes + splat * 4, region);
+        const int num_rows = num_tile_rows(box, region);
+        if (num_rows > FEW_ROWS) {
+            tall.splats[atomicAdd(&tall.number, 1)] = static_cast<unsigned short>(splat);
+            tall_items |= 1u << k;
+            continue;
+        }
+        const Footprint footprint = footprint_of_row(row, num_rows > 0 && !box_suffices(box, num_rows));
+        const Spans spans = spans_of_rows(box, footprint, region, num_rows, 0, 1);
+        counts[k] = spans.count;
+        records[splat] = make_record(box, region, spans);
     }
     __syncthreads();
     for (int base = 0; base < tall.number; base += GROUPS) {
-        count_tall(rows, boxes, region, base + threadIdx.x / GROUP, tall);
+        count_tall(rows, boxes, records, region, base + threadIdx.x / GROUP, tall);
     }
     __syncthreads();
-    return is_tall ? tall.counts[threadIdx.x] : count;
+#pragma unroll
+    for (int k = 0; k < ITEMS; ++k) {
+        if ((tall_items >> k & 1) != 0) counts[k] = tall.counts[own + k * WARP];
+    }
 }
 
 // Count a digit in shared memory; when the whole warp has the same one, as the high digits of depths do, only once.
@@ -172,53 +238,89 @@ __device__ __forceinline__ void clear_sort_words(unsigned* words, int passes, in
     }
 }
 
+// Sums over the items before each of this thread's, of the block's warps in order, of a warp's items in order, of lanes.
+// `total` becomes the block's sum. A barrier is inside; `shared` has WARPS elements and is free after the next one.
+template <typename T>
+__device__ __forceinline__ void exclusive_sums(const T (&values)[ITEMS], T* shared, T (&sums)[ITEMS], T& total) {
+    T before = 0;
+#pragma unroll
+    for (int k = 0; k < ITEMS; ++k) {
+        const T through = warp_inclusive_sum(values[k]);
+        sums[k] = before + through - values[k];
+        before += __shfl_sync(ALL_LANES, through, WARP - 1);
+    }
+    if (lane_index() == 0) shared[warp_index()] = before;
+    __syncthreads();
+    T of_warps = 0;
+    total = 0;
+#pragma unroll
+    for (int warp = 0; warp < WARPS; ++warp) {
+        if (warp == warp_index()) of_warps = total;
+        total += shared[warp];
+    }
+#pragma unroll
+    for (int k = 0; k < ITEMS; ++k) sums[k] += of_warps;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS)
 prepare(const float* __restrict__ rows, const int* __restrict__ boxes, const float* __restrict__ depths,
         const int* __restrict__ num_splats, int most_splats, int first_row, int last_row, int columns,
         int instance_capacity, unsigned* __restrict__ keys, int* __restrict__ first_instances,
-        unsigned* __restrict__ depth_histogram, unsigned* __restrict__ sort_words, int sort_blocks, Word* words,
-        int* totals, int* status) {
+        uint4* __restrict__ records, unsigned* __restrict__ depth_histogram, unsigned* __restrict__ sort_words,
+        int sort_blocks, Word* words, int* totals, int* status) {
     __shared__ unsigned counts[DEPTH_PASSES * DIGITS];
     __shared__ TallSplats tall;
     __shared__ Word partial[WARPS];
     __shared__ Word before;
     __shared__ int ticket;
+    const int total = num_splats == nullptr ? most_splats : min(*num_splats, most_splats);
+    if (int(blockIdx.x) * BLOCK_SPLATS >= total) return;
     for (int at = threadIdx.x; at < DEPTH_PASSES * DIGITS; at += THREADS) counts[at] = 0;
     if (threadIdx.x == 0) tall.number = 0;
     const int block = take_ticket(totals + TOTAL_TICKETS, &ticket);
-    const int total = num_splats == nullptr ? most_splats : min(*num_splats, most_splats);
-    if (block * THREADS >= total) return;
-    const int first = block * THREADS, splat = first + threadIdx.x;
-    const bool is_splat = splat < total;
-    clear_sort_words(sort_words, DEPTH_PASSES, sort_blocks, divide_up(total, SORT_CHUNK), splat,
-                     divide_up(total, THREADS) * THREADS);
+    const int first = block * BLOCK_SPLATS, own = warp_index() * WARP * ITEMS + lane_index();
+    clear_sort_words(sort_words, DEPTH_PASSES, sort_blocks, divide_up(total, SPLAT_CHUNK), block * THREADS + threadIdx.x,
+                     divide_up(total, BLOCK_SPLATS) * THREADS);
     const Region region = {first_row, last_row, columns};
-    TileBox box = {0, 0, 0, 0, 0.0f, 0.0f};
-    if (is_splat) box = load_box(rows + splat * NUM_ROW_COLUMNS, boxes + splat * 4, region);
-    const int count = count_tiles(rows + first * NUM_ROW_COLUMNS, boxes + first * 4, box, region, tall);
-    const unsigned key = is_splat ? __float_as_uint(depths[splat]) : 0;
-    if (is_splat) keys[splat] = key;
-    const unsigned active = __ballot_sync(ALL_LANES, is_splat);
-    for (int pass = 0; pass < DEPTH_PASSES; ++pass) {
-        count_digit(counts + pass * DIGITS, key >> (8 * pass) & (DIGITS - 1), active);
+    int tiles[ITEMS];
+    count_tiles(rows + static_cast<long long>(first) * NUM_ROW_COLUMNS, boxes + static_cast<long long>(first) * 4,
+                records + first, region, own, total - first, tall, tiles);
+    Word values[ITEMS], inside[ITEMS], sum;
+#pragma unroll
+    for (int k = 0; k < ITEMS; ++k) {
+        const int splat = first + own + k * WARP;
+        const bool is_splat = splat < total;
+        const unsigned key = is_splat ? __float_as_uint(depths[splat]) : 0;
+        if (is_splat) keys[splat] = key;
+        const unsigned active = __ballot_sync(ALL_LANES, is_splat);
+        for (int pass = 0; pass < DEPTH_PASSES; ++pass) {
+            count_digit(counts + pass * DIGITS, key >> (8 * pass) & (DIGITS - 1), active);
+        }
+        values[k] = Word(tiles[k]);
     }
-    Word sum;
-    const Word inside = block_exclusive_sum<THREADS>(Word(count), partial, sum);
+    exclusive_sums(values, partial, inside, sum);
     if (warp_index() == 0) {
         const Word earlier = sum_before_block(words, block, sum);
         if (lane_index() == 0) before = earlier;
     }
     __syncthreads();
-    if (is_splat) first_instances[splat] = int(before + inside);
-    add_histogram(counts, DEPTH_PASSES * DIGITS, depth_histogram);
-    if (splat == total - 1) {
-        const Word needed = before + inside + Word(count);
-        const bool fits = needed <= Word(instance_capacity);
-        totals[TOTAL_SPLATS] = total;
-        totals[TOTAL_INSTANCES] = fits ? int(needed) : 0;
-        first_instances[total] = int(needed);
-        if (!fits) note_instances(status, needed);
+#pragma unroll
+    for (int k = 0; k < ITEMS; ++k) {
+        const int splat = first + own + k * WARP;
+        if (splat >= total) continue;
+        const Word instance = before + inside[k];
+        first_instances[splat] = int(instance);
+        records[splat].x = unsigned(instance);
+        if (splat == total - 1) {
+            const Word needed = instance + values[k];
+            const bool fits = needed <= Word(instance_capacity);
+            totals[TOTAL_SPLATS] = total;
+            totals[TOTAL_INSTANCES] = fits ? int(needed) : 0;
+            first_instances[total] = int(needed);
+            if (!fits) note_instances(status, needed);
+        }
     }
+    add_histogram(counts, DEPTH_PASSES * DIGITS, depth_histogram);
 }
 
 struct Output {
@@ -243,25 +345,41 @@ __device__ __forceinline__ void count_tile(unsigned* counts, const TileDigits& d
     }
 }
 
-// Instances of the warp's splats, `count` <= FEW_TILES each: made by each lane into `staged`, written together.
-__device__ __forceinline__ void emit_small(const TileBox& box, const Footprint& footprint, const Region& region,
-                                           int count, int row, int instance, int place, unsigned* staged,
-                                           unsigned* counts, const TileDigits& digits, const Output& out) {
-    const int lane = lane_index();
-    const int through = warp_inclusive_sum(count);
-    const int total = __shfl_sync(ALL_LANES, through, WARP - 1);
-    int at = through - count;
-    // From the place in `staged` to the place in the lists, and to the number of the instance.
-    const int to_place = place - at, to_instance = instance - at;
-    if (count > 0) {
-        const int first = first_tile_row(box, region), rows = num_tile_rows(box, region);
-        for (int tile_row = first; tile_row < first + rows; ++tile_row) {
-            const int2 columns = columns_of_row(box, footprint, region, tile_row);
-            for (int column = columns.x; column < columns.y; ++column) {
-                staged[at++] = unsigned(lane) << OWNER_SHIFT | unsigned(tile_row * region.columns + column);
-            }
+// Tiles of a splat with spans in its record, to `staged`.
+__device__ __forceinline__ void stage_spans(const uint4& record, const Region& region, unsigned mark,
+                                            unsigned* staged) {
+    unsigned low = record.z, high = record.w, left = mark | (record.y & ((1u << OWNER_SHIFT) - 1));
+    while ((low | high) != 0) {
+        const unsigned number = low >> 4 & 15u, first = left + (low & 15u);
+        for (unsigned column = 0; column < number; ++column) *staged++ = first + column;
+        low = low >> 8 | high << 24;
+        high >>= 8;
+        left += region.columns;
+    }
+}
+
+// The same for a splat whose spans did not fit.
+__device__ __forceinline__ void stage_rows_of_tiles(const float* row, const int* its_box, const Region& region,
+                                                 unsigned mark, unsigned* staged) {
+    const TileBox box = load_box(row, its_box, region);
+    const int first = first_tile_row(box, region), rows = num_tile_rows(box, region);
+    const Footprint footprint = footprint_of_row(row, !box_suffices(box, rows));
+    for (int tile_row = first; tile_row < first + rows; ++tile_row) {
+        const int2 columns = columns_of_row(box, footprint, region, tile_row);
+        for (int column = columns.x; column < columns.y; ++column) {
+            *staged++ = mark | unsigned(tile_row * region.columns + column);
         }
     }
+}
+
+// Write the warp's staged instances together. Those of this lane's splat, a `row`, end at `through` of `staged`, and
+// have `count`; `place` and `instance`: of the first.
+__device__ __forceinline__ void write_staged(const unsigned* staged, int through, int count, int row, int instance,
+                                             int place, unsigned* counts, const TileDigits& digits,
+                                             const Output& out) {
+    const int lane = lane_index(), total = __shfl_sync(ALL_LANES, through, WARP - 1);
+    // From the place in `staged` to the place in the lists, and to the number of the instance.
+    const int to_place = place - (through - count), to_instance = instance - (through - count);
     __syncwarp();
     for (int start = 0; start < total; start += WARP) {
         const bool is_used = start + lane < total;
@@ -279,7 +397,7 @@ __device__ __forceinline__ void emit_small(const TileBox& box, const Footprint& 
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 emit(const float* __restrict__ rows, const int* __restrict__ boxes, const unsigned* __restrict__ order,
-     const int* __restrict__ first_instances, int first_row, int last_row, int columns, unsigned* __restrict__ tiles,
+     const uint4* __restrict__ records, int first_row, int last_row, int columns, unsigned* __restrict__ tiles,
      unsigned* __restrict__ list_rows, unsigned* __restrict__ list_instances, int4* __restrict__ parts,
      unsigned* __restrict__ tile_histogram, int tile_passes, int tile_bits, unsigned* __restrict__ sort_words,
      int sort_blocks, Word* words, int* totals) {
@@ -288,39 +406,51 @@ emit(const float* __restrict__ rows, const int* __restrict__ boxes, const unsign
     __shared__ Word partial[WARPS];
     __shared__ Word before;
     __shared__ int ticket;
-    for (int at = threadIdx.x; at < tile_passes * DIGITS; at += THREADS) counts[at] = 0;
-    const int block = take_ticket(totals + TOTAL_TICKETS + 1, &ticket);
     const int total = totals[TOTAL_SPLATS];
-    if (block * THREADS >= total || totals[TOTAL_INSTANCES] == 0) return;
-    const int rank = block * THREADS + threadIdx.x;
-    const bool is_splat = rank < total;
-    const int splat = is_splat ? order[rank] : 0;
-    const int instance = is_splat ? first_instances[splat] : 0;
-    const int count = is_splat ? first_instances[splat + 1] - instance : 0;
-    clear_sort_words(sort_words, tile_passes, sort_blocks, divide_up(totals[TOTAL_INSTANCES], SORT_CHUNK), rank,
-                     divide_up(total, THREADS) * THREADS);
-    const int num_parts = count > FEW_TILES ? divide_up(count, PART) : 0;
-    Word sum;
-    const Word own = Word(num_parts) << PARTS_SHIFT | Word(count);
-    const Word inside = block_exclusive_sum<THREADS>(own, partial, sum);
+    if (int(blockIdx.x) * BLOCK_SPLATS >= total || totals[TOTAL_INSTANCES] == 0) return;
+    for (int at = threadIdx.x; at < tile_passes * DIGITS; at += THREADS) counts[at] = 0;
+    const int block = take_ticket(totals + TOTAL_TICKETS + 1, &ticket), lane = lane_index();
+    const int first = block * BLOCK_SPLATS + warp_index() * WARP * ITEMS + lane;
+    int splats[ITEMS];
+    uint4 its_records[ITEMS];
+    Word own[ITEMS], inside[ITEMS], sum;
+#pragma unroll
+    for (int k = 0; k < ITEMS; ++k) splats[k] = first + k * WARP < total ? int(order[first + k * WARP]) : -1;
+#pragma unroll
+    for (int k = 0; k < ITEMS; ++k) its_records[k] = splats[k] >= 0 ? records[splats[k]] : make_uint4(0, 0, 0, 0);
+    clear_sort_words(sort_words, tile_passes, sort_blocks, divide_up(totals[TOTAL_INSTANCES], INSTANCE_CHUNK),
+                     block * THREADS + threadIdx.x, divide_up(total, BLOCK_SPLATS) * THREADS);
+#pragma unroll
+    for (int k = 0; k < ITEMS; ++k) {
+        const unsigned few = its_records[k].y >> OWNER_SHIFT, count = few == NO_SPANS ? its_records[k].z : few;
+        own[k] = Word(count > FEW_TILES ? divide_up(int(count), PART) : 0) << PARTS_SHIFT | Word(count);
+    }
+    exclusive_sums(own, partial, inside, sum);
     if (warp_index() == 0) {
         const Word earlier = sum_before_block(words, block, sum);
-        if (lane_index() == 0) before = earlier;
+        if (lane == 0) before = earlier;
     }
     __syncthreads();
-    const int place = int(unsigned(before + inside)), part = int((before + inside) >> PARTS_SHIFT);
-    for (int k = 0; k < num_parts; ++k) {
-        parts[part + k] = make_int4(splat, place + k * PART, instance + k * PART, min(PART, count - k * PART));
-    }
-    if (rank == total - 1) totals[TOTAL_PARTS] = part + num_parts;
     const Region region = {first_row, last_row, columns};
-    TileBox box = {0, 0, 0, 0, 0.0f, 0.0f};
-    const bool is_small = count > 0 && num_parts == 0;
-    if (is_small) box = load_box(rows + splat * NUM_ROW_COLUMNS, boxes + splat * 4, region);
-    const bool is_cut = is_small && !box_suffices(box, num_tile_rows(box, region));
-    const Footprint footprint = footprint_of_row(rows + splat * NUM_ROW_COLUMNS, is_cut);
-    emit_small(box, footprint, region, is_small ? count : 0, splat, instance, place, staged[warp_index()], counts,
-               {tile_passes, tile_bits}, {tiles, list_rows, list_instances});
+#pragma unroll
+    for (int k = 0; k < ITEMS; ++k) {
+        const int splat = splats[k], instance = int(its_records[k].x);
+        const int place = int(unsigned(before + inside[k])), part = int((before + inside[k]) >> PARTS_SHIFT);
+        const int count = int(unsigned(own[k])), num_parts = int(own[k] >> PARTS_SHIFT);
+        for (int j = 0; j < num_parts; ++j) {
+            parts[part + j] = make_int4(splat, place + j * PART, instance + j * PART, min(PART, count - j * PART));
+        }
+        if (first + k * WARP == total - 1) totals[TOTAL_PARTS] = part + num_parts;
+        const int few = num_parts == 0 ? count : 0, through = warp_inclusive_sum(few);
+        unsigned *to = staged[warp_index()] + through - few, mark = unsigned(lane) << OWNER_SHIFT;
+        if (its_records[k].y >> OWNER_SHIFT != NO_SPANS) {
+            stage_spans(its_records[k], region, mark, to);
+        } else if (few > 0) {
+            stage_rows_of_tiles(rows + splat * NUM_ROW_COLUMNS, boxes + splat * 4, region, mark, to);
+        }
+        write_staged(staged[warp_index()], through, few, splat, instance, place, counts, {tile_passes, tile_bits},
+                     {tiles, list_rows, list_instances});
+    }
     __syncthreads();
     add_histogram(counts, tile_passes * DIGITS, tile_histogram);
 }
@@ -379,12 +509,75 @@ emit_parts(const float* __restrict__ rows, const int* __restrict__ boxes, const 
     add_histogram(counts, tile_passes * DIGITS, tile_histogram);
 }
 
-// ranges: (tiles, 2) zeros.
+constexpr int RANGE_KEYS = 4;                   // of a thread
+
+// ranges: (tiles, 2) zeros. `tiles` may be read up to a multiple of four.
 extern "C" __global__ void __launch_bounds__(THREADS)
 tile_ranges(const unsigned* __restrict__ tiles, const int* __restrict__ totals, int* __restrict__ ranges) {
-    const int total = totals[TOTAL_INSTANCES], at = blockIdx.x * THREADS + threadIdx.x;
-    if (at >= total) return;
-    const unsigned tile = tiles[at];
-    if (at == 0 || tiles[at - 1] != tile) ranges[2 * tile] = at;
-    if (at == total - 1 || tiles[at + 1] != tile) ranges[2 * tile + 1] = at + 1;
+    const int total = totals[TOTAL_INSTANCES], first = (blockIdx.x * THREADS + threadIdx.x) * RANGE_KEYS;
+    if (first >= total) return;
+    const uint4 keys = *reinterpret_cast<const uint4*>(tiles + first);
+    const unsigned here[RANGE_KEYS + 1] = {keys.x, keys.y, keys.z, keys.w,
+                                           first + RANGE_KEYS < total ? tiles[first + RANGE_KEYS] : ALL_LANES};
+    unsigned previous = first == 0 ? ALL_LANES : tiles[first - 1];
+#pragma unroll
+    for (int k = 0; k < RANGE_KEYS; ++k) {
+        const int at = first + k;
+        if (at < total && previous != here[k]) ranges[2 * here[k]] = at;
+        if (at < total && (at == total - 1 || here[k + 1] != here[k])) ranges[2 * here[k] + 1] = at + 1;
+        previous = here[k];
+    }
+}
+
+constexpr int ORDER_THREADS = 1024;
+constexpr int CLASS_SHIFT = 21;                 // of a float: exponent and two bits
+constexpr int LENGTH_CLASSES = 128;             // a list has less than 2^31 places
+
+// Longer lists are in higher classes, four to a power of two; the empty ones in class 0.
+__device__ __forceinline__ int length_class(int2 range) {
+    const int length = range.y - range.x;
+    return length == 0 ? 0 : int(__float_as_uint(float(length)) >> CLASS_SHIFT) - (127 << 2) + 1;
+}
+
+// Add the warp's tiles to the counts of their classes; returns how many were there before this lane's.
+__device__ __forceinline__ int count_class(int* counts, int its_class, bool is_tile) {
+    const unsigned peers = __match_any_sync(ALL_LANES, is_tile ? its_class : -1);
+    const int leader = __ffs(peers) - 1;
+    int before = 0;
+    if (is_tile && lane_index() == leader) before = atomicAdd(counts + its_class, __popc(peers));
+    return __shfl_sync(ALL_LANES, before, leader) + __popc(peers & ((1u << lane_index()) - 1));
+}
+
+// One block: a tile that begins last should not be one that takes long. Which of a class comes first is left to chance.
+extern "C" __global__ void __launch_bounds__(ORDER_THREADS)
+order_tiles(const int2* __restrict__ ranges, int num_tiles, int* __restrict__ order) {
+    __shared__ int counts[LENGTH_CLASSES];      // then: places of longer classes
+    constexpr int PER_LANE = LENGTH_CLASSES / WARP;
+    if (threadIdx.x < LENGTH_CLASSES) counts[threadIdx.x] = 0;
+    __syncthreads();
+    const int num_rounds = divide_up(num_tiles, ORDER_THREADS);
+    for (int round = 0; round < num_rounds; ++round) {
+        const int tile = round * ORDER_THREADS + threadIdx.x;
+        const bool is_tile = tile < num_tiles;
+        count_class(counts, is_tile ? length_class(ranges[tile]) : 0, is_tile);
+    }
+    __syncthreads();
+    if (warp_index() == 0) {
+        // Lane 0 has the highest classes.
+        const int first = LENGTH_CLASSES - 1 - lane_index() * PER_LANE;
+        int own[PER_LANE], sum = 0;
+        for (int k = 0; k < PER_LANE; ++k) sum += own[k] = counts[first - k];
+        int place = warp_inclusive_sum(sum) - sum;
+        for (int k = 0; k < PER_LANE; ++k) {
+            counts[first - k] = place;
+            place += own[k];
+        }
+    }
+    __syncthreads();
+    for (int round = 0; round < num_rounds; ++round) {
+        const int tile = round * ORDER_THREADS + threadIdx.x;
+        const bool is_tile = tile < num_tiles;
+        const int place = count_class(counts, is_tile ? length_class(ranges[tile]) : 0, is_tile);
+        if (is_tile) order[place] = tile;
+    }
 }

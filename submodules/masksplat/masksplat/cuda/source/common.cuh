@@ -85,6 +85,35 @@ __device__ __forceinline__ float reciprocal_approximate(float x) {
 #endif
 }
 
+// Good to 1 ulp where the reciprocal is an ordinary number; for an infinite x it is not one.
+__device__ __forceinline__ float reciprocal(float x) {
+    const float estimate = reciprocal_approximate(x);
+    return __fmaf_rn(estimate, __fmaf_rn(-x, estimate, 1.0f), estimate);
+}
+
+// 1 / sqrt(x) to 2 ulp, for ordinary x > 0.
+__device__ __forceinline__ float inverse_root(float x) {
+#ifndef EMULATED
+    float estimate;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(estimate) : "f"(x));
+#else
+    const float estimate = rsqrtf(x);
+#endif
+    const float error = __fmaf_rn(__fmul_rn(-x, estimate), estimate, 1.0f);
+    return __fmaf_rn(__fmul_rn(0.5f, estimate), error, estimate);
+}
+
+// Off by less than 3e-7, or 3e-7 of itself.
+__device__ __forceinline__ float log2_approximate(float x) {
+#ifndef EMULATED
+    float result;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#else
+    return log2f(x);
+#endif
+}
+
 // Good to 1 ulp, 0 for 0.
 __device__ __forceinline__ float root_approximate(float x) {
 #ifndef EMULATED

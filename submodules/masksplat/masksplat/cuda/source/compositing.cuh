@@ -24,6 +24,15 @@ __device__ __forceinline__ int pixel_y(int subtile, int lane) {
     return subtile / SUBTILE_COLUMNS * SUBTILE_HEIGHT + lane / SUBTILE_WIDTH;
 }
 
+// A bucket: tile and count in one word, first place in the other, negative for none.
+__device__ __forceinline__ int2 make_bucket(int tile, int first, int count) {
+    return make_int2(static_cast<int>(unsigned(count - 1) << 27 | unsigned(tile)), first);
+}
+
+__device__ __forceinline__ int tile_of_bucket(int2 bucket) { return bucket.x & ((1 << 27) - 1); }
+
+__device__ __forceinline__ int count_of_bucket(int2 bucket) { return int(unsigned(bucket.x) >> 27) + 1; }
+
 // A splat with its conic completed to squares and ready for base 2. With u = dx + (b / a) dy and D = a c - b^2,
 //     a dx^2 + 2 b dx dy + c dy^2 = a u^2 + (D / a) dy^2,   so   log2(opacity exp(power)) = along u^2 + across dy^2 + log.
 // Two terms of one sign: where the usual three cancel, in thin splats, this form keeps its digits, at the same cost.

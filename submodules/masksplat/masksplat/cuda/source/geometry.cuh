@@ -10,7 +10,8 @@
 
 constexpr float EXP_LIMIT = 80.0f;  // arguments of exp are clamped here, before float overflows
 
-// One view, as `pack_cameras` writes it and masksplat/cuda/projection.py knows it: 25 floats.
+// One view, as `pack_cameras` writes it and masksplat/cuda/projection.py knows it: 28 floats, so that it
+// can be read in words of 16 bytes.
 struct Camera {
     float turn[9];                       // W, row-major
     float shift[3];                      // t
@@ -18,6 +19,7 @@ struct Camera {
     float x_low, x_high, y_low, y_high;  // clamps of x/z and y/z
     float centre[3];                     // of the camera, in world units
     float width, height;                 // pixels
+    float unused[3];
 };
 
 struct Vector {
@@ -45,8 +47,9 @@ struct Jacobian {
 
 __device__ __forceinline__ float dot(Vector a, Vector b) { return a.x * b.x + a.y * b.y + a.z * b.z; }
 
-__device__ __forceinline__ Vector load_vector(const float* __restrict__ values, long long row) {
-    return {values[3 * row], values[3 * row + 1], values[3 * row + 2]};
+__device__ __forceinline__ Vector load_vector(const float* __restrict__ values, int row) {
+    const float* from = values + 3ll * row;
+    return {from[0], from[1], from[2]};
 }
 
 // World point to camera coordinates.
@@ -55,6 +58,29 @@ __device__ __forceinline__ Vector camera_point(const Camera& camera, Vector mean
     return {w[0] * mean.x + w[1] * mean.y + w[2] * mean.z + camera.shift[0],
             w[3] * mean.x + w[4] * mean.y + w[5] * mean.z + camera.shift[1],
             w[6] * mean.x + w[7] * mean.y + w[8] * mean.z + camera.shift[2]};
+}
+
+// A sum in two parts, good to twice the digits of float.
+struct Twofold {
+    float high, low;
+};
+
+// Add a product (Ogita, Rump and Oishi 2005, Dot2): its rounding and that of the sum go to the low part.
+__device__ __forceinline__ Twofold add_product(Twofold sum, float a, float b) {
+    const float product = __fmul_rn(a, b), high = __fadd_rn(sum.high, product), part = __fsub_rn(high, sum.high);
+    const float rest = __fadd_rn(__fsub_rn(sum.high, __fsub_rn(high, part)), __fsub_rn(product, part));
+    return {high, __fadd_rn(sum.low, __fadd_rn(__fmaf_rn(a, b, -product), rest))};
+}
+
+// Depth of a world point, correctly rounded but for rare cases: splats are ordered by it, and two that nearly touch
+// should not change places for the rounding of a sum.
+__device__ __forceinline__ float camera_depth(const Camera& camera, Vector mean) {
+    const float* w = camera.turn;
+    Twofold sum = {camera.shift[2], 0.0f};
+    sum = add_product(sum, w[6], mean.x);
+    sum = add_product(sum, w[7], mean.y);
+    sum = add_product(sum, w[8], mean.z);
+    return __fadd_rn(sum.high, sum.low);
 }
 
 __device__ __forceinline__ Quaternion unit_quaternion(float4 given) {
@@ -113,12 +139,12 @@ __device__ __forceinline__ Vector activated_scale(Vector scale, bool is_final) {
 
 // Opacity in [0, 1], from a logit unless it is final.
 __device__ __forceinline__ float activated_opacity(float opacity, bool is_final) {
-    return is_final ? opacity : 1.0f / (1.0f + expf(fminf(-opacity, EXP_LIMIT)));
+    return is_final ? opacity : reciprocal(1.0f + expf(fminf(-opacity, EXP_LIMIT)));
 }
 
 // Unit direction from the camera's centre to the mean; `inverse` is 1 / distance.
 __device__ __forceinline__ Vector view_direction(const Camera& camera, Vector mean, float& inverse) {
     const Vector d = {mean.x - camera.centre[0], mean.y - camera.centre[1], mean.z - camera.centre[2]};
-    inverse = 1.0f / sqrtf(dot(d, d));
+    inverse = inverse_root(dot(d, d));
     return {d.x * inverse, d.y * inverse, d.z * inverse};
 }

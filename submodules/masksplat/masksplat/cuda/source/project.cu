@@ -2,20 +2,22 @@
 // Activations, EWA projection, visibility, exact pixel boxes, spherical harmonics and compaction in one pass over the
 // table. The contract and the maths: masksplat/cpu/project.py and docs/conventions.md.
 //
-// A thread has one Gaussian and goes through the views, so that the table is read from memory once. A block's splats of
-// a view lie side by side; which block comes first is left to chance (one atomic addition a block and view).
+// A thread has one Gaussian and goes through the views, so that the table is read from memory once, then takes the next.
+// A block's splats of a view lie side by side; which block comes first is left to chance (one atomic addition a block and
+// view).
 //
-// What takes time is waiting for memory, so little is waited for in turn: 1 the mean decides who may be seen, 2 the
-// coefficients of these start on their way, and with them whatever else the projection needs, 3 colours, while the
-// block's rows are reserved, 4 rows leave through the shared memory that the coefficients had.
+// What takes time is waiting for memory, so little is waited for in turn: 1 the mean decides who may be seen, 2 whatever
+// else the projection of these needs is asked for at once, the coefficients in bulk, and the mean of the next Gaussian,
+// 3 colours, while the block's rows are reserved, 4 rows leave through the shared memory that the coefficients had.
 #include "geometry.cuh"
 #include "harmonics.cuh"
 #include "staging.cuh"
 
-constexpr int BLOCK = 128;
+constexpr int BLOCK = 128, WARPS = BLOCK / WARP;
 constexpr int SLOT_PACKED = 0;             // stands for any row
 constexpr float MARGIN_T = 0.01f;          // on 2 ln(255 opacity): far more than the rounding of alpha and of the bounds
 constexpr float MARGIN_PIXELS = 0.01f;
+constexpr float TWO_LN_2 = 1.3862943611198906f;
 constexpr float ROUNDING_PIXELS = 3.0f;    // slack of the cheap bound: rounded radius, pixel centres, float
 
 struct Limits {
@@ -25,6 +27,13 @@ struct Limits {
 
 struct Table {
     const float *means, *quats, *scales, *opacities;
+};
+
+// What a Gaussian that may be seen has besides its mean.
+struct Shape {
+    Vector scale, sh0;
+    float4 quaternion;
+    float opacity;
 };
 
 // All of a splat but its colour and mask.
@@ -39,16 +48,53 @@ struct Approach {
     float inverse_z, mean_x, mean_y;
 };
 
-// False when the Gaussian is certainly unseen by the rule of 3DGS; the scale is only looked at beside the image. The 2D
-// covariance is at most (largest scale * |J|)^2 + eps2d, and |J|^2 <= (fx^2 (1 + u^2) + fy^2 (1 + v^2)) / z^2.
-__device__ __forceinline__ bool may_be_seen(const Table& table, long long i, const Camera& camera, const Limits& limits,
-                                            Approach& seen) {
-    seen.mean = load_vector(table.means, i);
-    seen.point = camera_point(camera, seen.mean);
-    if (!(seen.point.z > limits.near_plane && seen.point.z < limits.far_plane)) return false;
-    seen.inverse_z = 1.0f / seen.point.z;
+// Where a Gaussian is; false when that is not between the planes.
+__device__ __forceinline__ bool approach(Vector mean, const Camera& camera, const Limits& limits, Approach& seen) {
+    seen.mean = mean;
+    seen.point = camera_point(camera, mean);
+    seen.inverse_z = reciprocal(seen.point.z);
     seen.mean_x = camera.fx * seen.point.x * seen.inverse_z + camera.cx;
     seen.mean_y = camera.fy * seen.point.y * seen.inverse_z + camera.cy;
+    return seen.point.z > limits.near_plane && seen.point.z < limits.far_plane;
+}
+
+// Loads that the compiler leaves where they stand: it would put some behind the first use of others, and wait twice.
+__device__ __forceinline__ float load_now(const float* from) {
+#ifndef EMULATED
+    float value;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(value) : "l"(from));
+    return value;
+#else
+    return *from;
+#endif
+}
+
+__device__ __forceinline__ Vector load_vector_now(const float* values, int row) {
+    const float* from = values + 3ll * row;
+    return {load_now(from), load_now(from + 1), load_now(from + 2)};
+}
+
+__device__ __forceinline__ float4 load_word_now(const float* from) {
+#ifndef EMULATED
+    float4 value;
+    asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+                 : "l"(from));
+    return value;
+#else
+    return *reinterpret_cast<const float4*>(from);
+#endif
+}
+
+__device__ __forceinline__ Shape load_shape(const Table& table, const float* sh0, int i) {
+    return {load_vector_now(table.scales, i), load_vector_now(sh0, i), load_word_now(table.quats + 4ll * i),
+            load_now(table.opacities + i)};
+}
+
+// False when the Gaussian is certainly unseen by the rule of 3DGS; the scale is only looked at beside the image. The 2D
+// covariance is at most (largest scale * |J|)^2 + eps2d, and |J|^2 <= (fx^2 (1 + u^2) + fy^2 (1 + v^2)) / z^2.
+__device__ __forceinline__ bool may_be_seen(const Table& table, int i, const Camera& camera, const Limits& limits,
+                                            const Approach& seen) {
     const float beyond_x = fmaxf(-seen.mean_x, seen.mean_x - camera.width - TILE);
     const float beyond_y = fmaxf(-seen.mean_y, seen.mean_y - camera.height - TILE);
     const float outside = fmaxf(beyond_x, beyond_y) - ROUNDING_PIXELS;
@@ -76,8 +122,8 @@ __device__ __forceinline__ bool spans_tiles(float mean, float radius, float num_
 __device__ __forceinline__ bool touches_tiles_by_3dgs(const Camera& camera, float mean_x, float mean_y, float xx,
                                                       float xy, float yy) {
     const float difference = 0.5f * (xx - yy);
-    const float spread = sqrtf(fmaxf(0.1f, difference * difference + xy * xy));
-    const float radius = ceilf(3.0f * sqrtf(0.5f * (xx + yy) + spread));
+    const float spread = root_approximate(fmaxf(0.1f, difference * difference + xy * xy));
+    const float radius = ceilf(3.0f * root_approximate(0.5f * (xx + yy) + spread));
     return spans_tiles(mean_x, radius, ceilf(camera.width / TILE)) &&
            spans_tiles(mean_y, radius, ceilf(camera.height / TILE));
 }
@@ -93,34 +139,31 @@ __device__ __forceinline__ int2 pixel_range(float mean, float reach, float size)
 // Bounding box of the ellipse alpha >= 1/255. In float: MARGIN_T widens the reach by at least 4e-4 of itself, a thousand
 // times the rounding of the logarithm and the root; MARGIN_PIXELS covers the rounding of pixel coordinates up to 65536.
 __device__ __forceinline__ bool write_box(const Camera& camera, float xx, float yy, Splat& splat) {
-    const float t = 2.0f * logf(splat.opacity / ALPHA_MIN) + MARGIN_T;
-    const int2 x = pixel_range(splat.mean_x, sqrtf(t * xx) + MARGIN_PIXELS, camera.width);
-    const int2 y = pixel_range(splat.mean_y, sqrtf(t * yy) + MARGIN_PIXELS, camera.height);
+    const float t = TWO_LN_2 * log2_approximate(255.0f * splat.opacity) + MARGIN_T;
+    const int2 x = pixel_range(splat.mean_x, root_approximate(t * xx) + MARGIN_PIXELS, camera.width);
+    const int2 y = pixel_range(splat.mean_y, root_approximate(t * yy) + MARGIN_PIXELS, camera.height);
     splat.box = make_int4(x.x, y.x, x.y, y.y);
     return x.x < x.y && y.x < y.y;
 }
 
-// What becomes in a view of Gaussian i, which may be seen: SLOT_PACKED with everything in `splat`, or why not.
-__device__ __forceinline__ int project_one(const Table& table, long long i, const Camera& camera, const Limits& limits,
+// What becomes in a view of a Gaussian, which may be seen: SLOT_PACKED with everything in `splat`, or why not.
+__device__ __forceinline__ int project_one(const Shape& shape, const Camera& camera, const Limits& limits,
                                            const Approach& seen, Splat& splat) {
-    const Vector scale = load_vector(table.scales, i);
-    const float4 raw_quaternion = reinterpret_cast<const float4*>(table.quats)[i];
-    const float raw_opacity = table.opacities[i];
     splat.mean_x = seen.mean_x;
     splat.mean_y = seen.mean_y;
-    splat.depth = seen.point.z;
+    splat.depth = camera_depth(camera, seen.mean);
     const Half m = image_turn(camera, jacobian(camera, seen.point, seen.inverse_z));
     const Half half =
-        half_projection(m, unit_quaternion(raw_quaternion), activated_scale(scale, limits.is_final));
+        half_projection(m, unit_quaternion(shape.quaternion), activated_scale(shape.scale, limits.is_final));
     const Covariance cov = covariance(half, limits.eps2d);
     const float xx = cov.xx + limits.eps2d, yy = cov.yy + limits.eps2d;
     if (!(cov.det > 0.0f) || !touches_tiles_by_3dgs(camera, splat.mean_x, splat.mean_y, xx, cov.xy, yy)) {
         return SLOT_UNSEEN;
     }
-    splat.opacity = activated_opacity(raw_opacity, limits.is_final);
+    splat.opacity = activated_opacity(shape.opacity, limits.is_final);
     if (limits.is_antialiased) splat.opacity *= sqrtf(cov.det_before / cov.det);
     if (!(splat.opacity >= ALPHA_MIN) || !write_box(camera, xx, yy, splat)) return SLOT_NO_PIXEL;
-    const float inverse = 1.0f / cov.det;
+    const float inverse = reciprocal_approximate(cov.det);  // 0 for infinity
     splat.conic_a = yy * inverse;
     splat.conic_b = -cov.xy * inverse;
     splat.conic_c = xx * inverse;
@@ -140,34 +183,32 @@ __device__ __forceinline__ Vector colour_of(const Camera& camera, Vector mean, V
 }
 
 // What the block shares while it packs one view.
-struct Packing {
-    unsigned ballots[BLOCK / WARP];       // who is packed
+struct alignas(16) Packing {
+    unsigned packed[WARPS];               // threads whose Gaussian is packed, a bit each
+    Arrivals arrivals;
     int base;                             // first row of the block within the view
 };
 
 __device__ __forceinline__ void write_row(float* row, const Splat& splat, Vector colour, float mask) {
-    row[MEAN_X] = splat.mean_x;
-    row[MEAN_Y] = splat.mean_y;
-    row[CONIC_A] = splat.conic_a;
-    row[CONIC_B] = splat.conic_b;
-    row[CONIC_C] = splat.conic_c;
-    row[OPACITY] = splat.opacity;
-    row[RED] = colour.x;
-    row[GREEN] = colour.y;
-    row[BLUE] = colour.z;
-    row[MASK] = mask;
+    float2* to = reinterpret_cast<float2*>(row);
+    to[0] = make_float2(splat.mean_x, splat.mean_y);
+    to[1] = make_float2(splat.conic_a, splat.conic_b);
+    to[2] = make_float2(splat.conic_c, splat.opacity);
+    to[3] = make_float2(colour.x, colour.y);
+    to[4] = make_float2(colour.z, mask);
 }
 
-// Rows of the block that are packed, and how many of them come before row `before`.
-__device__ __forceinline__ int count_packed(const unsigned* ballots, int before) {
-    int count = 0;
-#pragma unroll
-    for (int warp = 0; warp < BLOCK / WARP; ++warp) {
-        const int bits = before - warp * WARP;
-        const unsigned kept = bits >= WARP ? ALL_LANES : bits <= 0 ? 0u : (1u << bits) - 1u;
-        count += __popc(ballots[warp] & kept);
-    }
-    return count;
+// Lanes before this one, a bit each.
+__device__ __forceinline__ unsigned lanes_before() { return (1u << (threadIdx.x % WARP)) - 1; }
+
+// Place of this thread's splat among those of the block, whose number is returned.
+__device__ __forceinline__ int place_in_block(const Packing& packing, int& place) {
+    const uint4 ballots = *reinterpret_cast<const uint4*>(packing.packed);
+    const int warp = threadIdx.x / WARP, one = __popc(ballots.x), two = one + __popc(ballots.y);
+    const int three = two + __popc(ballots.z);
+    place = warp == 0 ? 0 : warp == 1 ? one : warp == 2 ? two : three;
+    place += __popc(packing.packed[warp] & lanes_before());
+    return three + __popc(ballots.w);
 }
 
 // Arguments in order. The table: means (N, 3), quats (N, 4), scales (N, 3), opacities (N), sh0 (N, 3), shN (N, stride);
@@ -184,64 +225,74 @@ __device__ __forceinline__ void project(
     extern __shared__ float4 staged_words[];  // coefficients, then rows
     __shared__ Packing packing;
     float* staged = reinterpret_cast<float*>(staged_words);
-    const int local = threadIdx.x, warp_first = local / WARP * WARP;
-    const long long first = static_cast<long long>(blockIdx.x) * BLOCK, i = first + local;
-    const int num_rows = static_cast<int>(min(static_cast<long long>(BLOCK), num_gaussians - first));
-    for (int view = 0; view < num_views; ++view) {
-        const Camera& camera = cameras[view];
-        const long long view_start = static_cast<long long>(view) * num_gaussians;
-        Approach seen;
-        const bool is_candidate = local < num_rows && may_be_seen(table, i, camera, limits, seen);
-        const unsigned candidates = __ballot_sync(ALL_LANES, is_candidate);
-        if constexpr (USED > 0) {
-            if (candidates != 0) {
-                stage_rows(shN + (first + warp_first) * stride, min(WARP, num_rows - warp_first), stride, USED,
-                           candidates, staged + warp_first * stride);
+    const int local = threadIdx.x, warp = local / WARP;
+    if constexpr (USED > 0) begin_arrivals(packing.arrivals, WARPS);
+    Vector next_mean = {};
+    if (blockIdx.x * BLOCK + local < num_gaussians) next_mean = load_vector(table.means, blockIdx.x * BLOCK + local);
+    unsigned step = 0;
+    for (int first = blockIdx.x * BLOCK; first < num_gaussians; first += gridDim.x * BLOCK) {
+        const int num_rows = min(BLOCK, num_gaussians - first), i = first + local, next = i + gridDim.x * BLOCK;
+        const Vector mean = next_mean;
+        for (int view = 0; view < num_views; ++view, ++step) {
+            if (step > 0) {  // the ballots, and the rows where coefficients go, are written again
+                if constexpr (USED > 0) order_before_copies();
+                __syncthreads();
             }
+            const Camera& camera = *static_cast<const Camera*>(__builtin_assume_aligned(cameras + view, 16));
+            const long long view_start = static_cast<long long>(view) * num_gaussians;
+            Approach seen;
+            const bool is_candidate = local < num_rows && approach(mean, camera, limits, seen) &&
+                                      may_be_seen(table, i, camera, limits, seen);
+            Shape shape = {};
+            if (is_candidate) shape = load_shape(table, sh0, i);
+            if (view == 0 && next < num_gaussians) next_mean = load_vector_now(table.means, next);
+            if constexpr (USED > 0) {
+                bring_rows(shN, first + warp * WARP, min(WARP, num_rows - warp * WARP), stride, USED,
+                           __ballot_sync(ALL_LANES, is_candidate), staged + warp * WARP * stride, packing.arrivals);
+            }
+            int slot = SLOT_UNSEEN;
+            Splat splat;
+            float mask = 1.0f;
+            long long id = i;
+            if (is_candidate) {
+                if (masks != nullptr) mask = masks[i];
+                if (ids != nullptr) id = ids[i];
+                slot = project_one(shape, camera, limits, seen, splat);
+            }
+            const bool is_packed = slot == SLOT_PACKED;
+            const unsigned ballot = __ballot_sync(ALL_LANES, is_packed);
+            if (local % WARP == 0) packing.packed[warp] = ballot;
+            if constexpr (USED > 0) wait_for_copies();
+            __syncthreads();
+            int place;
+            const int num_packed = place_in_block(packing, place);
+            // On its way while colours are computed.
+            const int reserved = local == 0 && num_packed > 0 ? atomicAdd(counts + view, num_packed) : 0;
+            if constexpr (USED > 0) await_rows(packing.arrivals, step & 1);
+            Vector colour = {};
+            if (is_packed) colour = colour_of<DEGREE>(camera, mean, shape.sh0, staged + local * stride);
+            if (local == 0) packing.base = reserved;
+            __syncthreads();
+            const long long target = view_start + packing.base + place;
+            if (is_packed) {
+                write_row(staged + place * NUM_ROW_COLUMNS, splat, colour, mask);
+                depths[target] = splat.depth;
+                row_ids[target] = id;
+                gaussians[target] = i;
+                boxes[target] = splat.box;
+                slot = static_cast<int>(target);
+            }
+            if (local < num_rows) slots[view_start + i] = slot;
+            __syncthreads();
+            float2* to = reinterpret_cast<float2*>(rows + (view_start + packing.base) * NUM_ROW_COLUMNS);
+            const float2* from = reinterpret_cast<const float2*>(staged);
+            for (int k = local; k < num_packed * (NUM_ROW_COLUMNS / 2); k += BLOCK) to[k] = from[k];
         }
-        int slot = SLOT_UNSEEN;
-        Splat splat;
-        if (is_candidate) slot = project_one(table, i, camera, limits, seen, splat);
-        const bool is_packed = slot == SLOT_PACKED;
-        const unsigned ballot = __ballot_sync(ALL_LANES, is_packed);
-        if (local % WARP == 0) packing.ballots[local / WARP] = ballot;
-        Vector colour = {};
-        float mask = 1.0f;
-        long long id = i;
-        if (is_packed) {
-            colour = load_vector(sh0, i);
-            if (masks != nullptr) mask = masks[i];
-            if (ids != nullptr) id = ids[i];
-        }
-        __syncthreads();
-        const int num_packed = count_packed(packing.ballots, BLOCK), place = count_packed(packing.ballots, local);
-        // On its way while colours are computed.
-        const int reserved = local == 0 && num_packed > 0 ? atomicAdd(counts + view, num_packed) : 0;
-        wait_for_copies();
-        __syncwarp();
-        if (is_packed) colour = colour_of<DEGREE>(camera, seen.mean, colour, staged + local * stride);
-        if (local == 0) packing.base = reserved;
-        __syncthreads();
-        const long long target = view_start + packing.base + place;
-        if (is_packed) {
-            write_row(staged + place * NUM_ROW_COLUMNS, splat, colour, mask);
-            depths[target] = splat.depth;
-            row_ids[target] = id;
-            gaussians[target] = static_cast<int>(i);
-            boxes[target] = splat.box;
-            slot = static_cast<int>(target);
-        }
-        if (local < num_rows) slots[view_start + i] = slot;
-        __syncthreads();
-        float2* to = reinterpret_cast<float2*>(rows + (view_start + packing.base) * NUM_ROW_COLUMNS);
-        const float2* from = reinterpret_cast<const float2*>(staged);
-        for (int k = local; k < num_packed * (NUM_ROW_COLUMNS / 2); k += BLOCK) to[k] = from[k];
-        __syncthreads();  // before the next view writes the ballots and coefficients
     }
 }
 
 #define PROJECT_KERNEL(NAME, DEGREE)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(BLOCK, 9)                                                            \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 8)                                                            \
         NAME(const float* __restrict__ means, const float* __restrict__ quats, const float* __restrict__ scales,      \
              const float* __restrict__ opacities, const float* __restrict__ sh0, const float* __restrict__ shN,       \
              const float* __restrict__ masks, const long long* __restrict__ ids,                                      \
@@ -289,5 +340,6 @@ extern "C" __global__ void pack_cameras(const float* viewmats, const float* intr
     camera.y_high = static_cast<float>((height - cy) / fy + margin_y);
     camera.width = static_cast<float>(width);
     camera.height = static_cast<float>(height);
+    for (float& nothing : camera.unused) nothing = 0.0f;
     counts[first + k] = 0;
 }

@@ -9,7 +9,8 @@
 //   words: (passes, blocks, 256) zeros; tickets: (passes) zeros (lookback.cuh; here a word is 32 bits, its value 30: at
 //   most 2^30 keys).
 //   A null values_in stands for 0, 1, 2, ...
-// order_ties(keys, order, ids, totals): within runs of equal keys, sorts `order` by ids[order].
+// order_ties(keys, order, ids, totals): within runs of equal keys, sorts `order` by ids[order]. `keys` may be read up to
+// a multiple of four.
 //
 // Stages of a pass: 1 rank the keys of each warp by digit, 2 count digits over the block, 3 add what the blocks before
 // have, 4 bring the block into order in shared memory, 5 write it out, neighbours together.
@@ -20,34 +21,25 @@
 
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / WARP;
-constexpr int KEYS_PER_THREAD = 8;
-constexpr int CHUNK = THREADS * KEYS_PER_THREAD;
+constexpr int KEYS_WITH_ONE = 8, KEYS_WITH_TWO = 16;   // of a thread, by the number of values
 constexpr int DIGITS = 256;                     // one thread a digit
-constexpr int BLOCKS_PER_SM = 4;                // leaves 64 registers to a thread
+constexpr int BLOCKS_WITH_ONE = 4, BLOCKS_WITH_TWO = 3;  // on a multiprocessor: leaves 64 and 80 registers to a thread
 constexpr int LOOK_BACK = 4;                    // words of predecessors read at once
 
 constexpr unsigned DIGIT_TOTAL = 1u << 30, DIGIT_PREFIX = 2u << 30, DIGIT_VALUE = DIGIT_TOTAL - 1;
 
+template <int KEYS>
 struct PassShared {
     unsigned warp_counts[WARPS][DIGITS];        // then: keys of the digit in the block's warps before
+    union {
+        unsigned peers[WARPS][DIGITS];          // lanes with the digit, zeros in between
+        unsigned staged[KEYS * THREADS];
+    };
     unsigned starts[DIGITS];                    // of a digit within the block
     unsigned targets[DIGITS];                   // where in the output, less `starts`
-    unsigned staged[CHUNK];
     unsigned partial[WARPS], partial_of_all[WARPS];
     int block;
 };
-
-// Lanes whose digit is the same as this lane's.
-__device__ __forceinline__ unsigned peers_of(unsigned digit, unsigned mask) {
-    unsigned peers = ALL_LANES;
-#pragma unroll
-    for (unsigned bit = 1; bit < DIGITS; bit <<= 1) {
-        if ((mask & bit) == 0) break;
-        const unsigned ballot = __ballot_sync(ALL_LANES, (digit & bit) != 0);
-        peers &= (digit & bit) != 0 ? ballot : ~ballot;
-    }
-    return peers;
-}
 
 // Keys of `digit` in all blocks before `block`, which has published its `total` of them.
 __device__ __forceinline__ unsigned digits_before(volatile unsigned* words, int block, int digit, unsigned total) {
@@ -72,24 +64,31 @@ __device__ __forceinline__ unsigned digits_before(volatile unsigned* words, int 
     return before;
 }
 
-// Stage 1: ranks[k] = keys with the same digit before item k of this lane within the warp; counts stay in shared.
-__device__ __forceinline__ void rank_in_warp(const unsigned* keys, int shift, unsigned mask, unsigned* counts,
-                                             unsigned* ranks) {
+// Stage 1: ranks[k] = keys with the same digit before item k of this lane within the warp; counts stay in shared. Lanes
+// with one digit find each other through `of_digits`, which takes less than eight ballots.
+template <int KEYS>
+__device__ __forceinline__ void rank_in_warp(const unsigned (&keys)[KEYS], int shift, unsigned mask, unsigned* counts,
+                                             unsigned* of_digits, unsigned (&ranks)[KEYS]) {
     const unsigned lanes_before = (1u << lane_index()) - 1;
 #pragma unroll
-    for (int k = 0; k < KEYS_PER_THREAD; ++k) {
+    for (int k = 0; k < KEYS; ++k) {
         const unsigned digit = (keys[k] >> shift) & mask;
-        const unsigned peers = peers_of(digit, mask);
-        const unsigned before = counts[digit];
+        atomicOr(of_digits + digit, 1u << lane_index());
         __syncwarp();
-        if ((peers & lanes_before) == 0) counts[digit] = before + __popc(peers);
+        const unsigned peers = of_digits[digit], before = counts[digit];
+        __syncwarp();
+        if ((peers & lanes_before) == 0) {
+            counts[digit] = before + __popc(peers);
+            of_digits[digit] = 0;
+        }
         __syncwarp();
         ranks[k] = before + __popc(peers & lanes_before);
     }
 }
 
 // Stages 2 and 3: fills starts and targets; thread d cares for digit d.
-__device__ __forceinline__ void place_digits(PassShared& shared, const unsigned* histogram,
+template <int KEYS>
+__device__ __forceinline__ void place_digits(PassShared<KEYS>& shared, const unsigned* histogram,
                                              volatile unsigned* words) {
     const int digit = threadIdx.x, block = shared.block;
     unsigned total = 0, sum;
@@ -108,57 +107,61 @@ __device__ __forceinline__ void place_digits(PassShared& shared, const unsigned*
 }
 
 // Stages 4 and 5 for one array: `from` in the order of the input, `local` the places within the block.
-__device__ __forceinline__ void move_values(PassShared& shared, const unsigned* values, const unsigned* local,
-                                            const unsigned* targets, int count, unsigned* out) {
+template <int KEYS>
+__device__ __forceinline__ void move_values(PassShared<KEYS>& shared, const unsigned (&values)[KEYS],
+                                            const unsigned (&local)[KEYS], const unsigned (&targets)[KEYS], int count,
+                                            unsigned* out) {
     __syncthreads();
 #pragma unroll
-    for (int k = 0; k < KEYS_PER_THREAD; ++k) shared.staged[local[k]] = values[k];
+    for (int k = 0; k < KEYS; ++k) shared.staged[local[k]] = values[k];
     __syncthreads();
 #pragma unroll
-    for (int k = 0; k < KEYS_PER_THREAD; ++k) {
+    for (int k = 0; k < KEYS; ++k) {
         const int place = k * THREADS + threadIdx.x;
         if (place < count) out[targets[k]] = shared.staged[place];
     }
 }
 
-__device__ __forceinline__ void load_chunk(const unsigned* from, int first, int num_keys, unsigned* values) {
+template <int KEYS>
+__device__ __forceinline__ void load_chunk(const unsigned* from, int first, int num_keys, unsigned (&values)[KEYS]) {
 #pragma unroll
-    for (int k = 0; k < KEYS_PER_THREAD; ++k) {
+    for (int k = 0; k < KEYS; ++k) {
         const int place = first + k * WARP;
         values[k] = place < num_keys ? (from == nullptr ? unsigned(place) : from[place]) : ALL_LANES;
     }
 }
 
-template <int NUM_VALUES>
+template <int NUM_VALUES, int KEYS>
 __device__ __forceinline__ void sort_pass(const unsigned* keys_in, unsigned* keys_out,
                                           const unsigned* const* values_in, unsigned* const* values_out,
                                           int num_keys, const unsigned* histograms, unsigned* words,
                                           int* tickets, int pass, int bits) {
-    __shared__ PassShared shared;
+    constexpr int CHUNK = THREADS * KEYS;
+    __shared__ PassShared<KEYS> shared;
     const int shift = pass * bits;
     const unsigned mask = (1u << bits) - 1;
-    for (int at = threadIdx.x; at < WARPS * DIGITS; at += THREADS) (&shared.warp_counts[0][0])[at] = 0;
+    if (int(blockIdx.x) * CHUNK >= num_keys) return;  // as many take a ticket as there are chunks
+    for (int k = lane_index(); k < DIGITS; k += WARP) shared.warp_counts[warp_index()][k] = shared.peers[warp_index()][k] = 0;
     const int block = take_ticket(tickets + pass, &shared.block);
     const int start = block * CHUNK;
-    if (start >= num_keys) return;
     // Missing keys at the end of the last block are all ones: behind every key, so that they are not written.
-    const int first = start + warp_index() * KEYS_PER_THREAD * WARP + lane_index();
-    unsigned keys[KEYS_PER_THREAD], ranks[KEYS_PER_THREAD], targets[KEYS_PER_THREAD];
+    const int first = start + warp_index() * KEYS * WARP + lane_index();
+    unsigned keys[KEYS], ranks[KEYS], targets[KEYS];
     load_chunk(keys_in, first, num_keys, keys);
-    rank_in_warp(keys, shift, mask, shared.warp_counts[warp_index()], ranks);
+    rank_in_warp(keys, shift, mask, shared.warp_counts[warp_index()], shared.peers[warp_index()], ranks);
     __syncthreads();
     place_digits(shared, histograms + pass * DIGITS, words + pass * gridDim.x * DIGITS);
 #pragma unroll
-    for (int k = 0; k < KEYS_PER_THREAD; ++k) {
+    for (int k = 0; k < KEYS; ++k) {
         const unsigned digit = (keys[k] >> shift) & mask;
         ranks[k] += shared.starts[digit] + shared.warp_counts[warp_index()][digit];
     }
     const int count = min(CHUNK, num_keys - start);
 #pragma unroll
-    for (int k = 0; k < KEYS_PER_THREAD; ++k) shared.staged[ranks[k]] = keys[k];
+    for (int k = 0; k < KEYS; ++k) shared.staged[ranks[k]] = keys[k];
     __syncthreads();
 #pragma unroll
-    for (int k = 0; k < KEYS_PER_THREAD; ++k) {
+    for (int k = 0; k < KEYS; ++k) {
         const int place = k * THREADS + threadIdx.x;
         const unsigned key = shared.staged[place];
         targets[k] = shared.targets[(key >> shift) & mask] + place;
@@ -171,26 +174,27 @@ __device__ __forceinline__ void sort_pass(const unsigned* keys_in, unsigned* key
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_WITH_ONE)
 sort_one(const unsigned* __restrict__ keys_in, unsigned* __restrict__ keys_out,
          const unsigned* __restrict__ values_in, unsigned* __restrict__ values_out, const int* __restrict__ totals,
          const unsigned* __restrict__ histograms, unsigned* words, int* tickets, int pass, int bits) {
     const unsigned* from[1] = {values_in};
     unsigned* to[1] = {values_out};
-    sort_pass<1>(keys_in, keys_out, from, to, totals[TOTAL_SPLATS], histograms, words, tickets, pass, bits);
+    sort_pass<1, KEYS_WITH_ONE>(keys_in, keys_out, from, to, totals[TOTAL_SPLATS], histograms, words, tickets, pass, bits);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_WITH_TWO)
 sort_two(const unsigned* __restrict__ keys_in, unsigned* __restrict__ keys_out,
          const unsigned* __restrict__ first_in, unsigned* __restrict__ first_out,
          const unsigned* __restrict__ second_in, unsigned* __restrict__ second_out, const int* __restrict__ totals,
          const unsigned* __restrict__ histograms, unsigned* words, int* tickets, int pass, int bits) {
     const unsigned* from[2] = {first_in, second_in};
     unsigned* to[2] = {first_out, second_out};
-    sort_pass<2>(keys_in, keys_out, from, to, totals[TOTAL_INSTANCES], histograms, words, tickets, pass, bits);
+    sort_pass<2, KEYS_WITH_TWO>(keys_in, keys_out, from, to, totals[TOTAL_INSTANCES], histograms, words, tickets, pass, bits);
 }
 
 constexpr int SHORT_RUN = 32;                   // sorted by one thread; longer runs by the whole block
+constexpr int TIE_KEYS = 4;                     // of a thread of `order_ties`
 
 // One past the last key equal to keys[start], by doubling steps and bisection.
 __device__ int end_of_run(const unsigned* keys, int start, int num_keys) {
@@ -251,18 +255,29 @@ __device__ void sort_long_run(unsigned* order, const long long* ids, int length)
 extern "C" __global__ void __launch_bounds__(THREADS)
 order_ties(const unsigned* __restrict__ keys, unsigned* order, const long long* __restrict__ ids,
            const int* __restrict__ totals) {
-    __shared__ int2 long_runs[THREADS / SHORT_RUN + 1];
+    __shared__ int2 long_runs[TIE_KEYS * THREADS / SHORT_RUN + 1];
     __shared__ int num_long_runs;
+    const int total = totals[TOTAL_SPLATS], first = (blockIdx.x * THREADS + threadIdx.x) * TIE_KEYS;
+    if (int(blockIdx.x) * THREADS * TIE_KEYS >= total) return;
     if (threadIdx.x == 0) num_long_runs = 0;
+    uint4 four = make_uint4(0, 0, 0, 0);
+    if (first < total) four = *reinterpret_cast<const uint4*>(keys + first);
+    const bool has_next = first + TIE_KEYS < total, has_previous = first > 0 && first < total;
+    const unsigned here[TIE_KEYS + 1] = {four.x, four.y, four.z, four.w, has_next ? keys[first + TIE_KEYS] : 0};
+    unsigned previous = has_previous ? keys[first - 1] : ~four.x;
     __syncthreads();
-    const int total = totals[TOTAL_SPLATS], at = blockIdx.x * THREADS + threadIdx.x;
-    if (at + 1 < total && keys[at] == keys[at + 1] && (at == 0 || keys[at - 1] != keys[at])) {
-        const int stop = end_of_run(keys, at, total);
-        if (stop - at <= SHORT_RUN) {
-            sort_short_run(order, ids, at, stop);
-        } else {
-            long_runs[atomicAdd(&num_long_runs, 1)] = make_int2(at, stop);
+#pragma unroll
+    for (int k = 0; k < TIE_KEYS; ++k) {
+        const int at = first + k;
+        if (at + 1 < total && here[k] == here[k + 1] && previous != here[k]) {
+            const int stop = end_of_run(keys, at, total);
+            if (stop - at <= SHORT_RUN) {
+                sort_short_run(order, ids, at, stop);
+            } else {
+                long_runs[atomicAdd(&num_long_runs, 1)] = make_int2(at, stop);
+            }
         }
+        previous = here[k];
     }
     __syncthreads();
     for (int run = 0; run < num_long_runs; ++run) {

@@ -58,20 +58,32 @@ struct Pair {
     float d_power;
 };
 
+// A splat is plain when its mask is 1 and no pixel can cap its alpha, so that d_mask and d_power are one number. The
+// bound on log2(opacity) is 1e-4 below ALPHA_MAX, more than alpha's rounding.
+constexpr float LOG2_PLAIN = -0.01465f;
+
+__device__ __forceinline__ bool is_plain(const Splat& splat) {
+    return splat.mask == 1.0f && splat.log_opacity < LOG2_PLAIN && splat.along <= 0.0f && splat.across <= 0.0f;
+}
+
 // One pixel and one splat: its share of the gradients; light and S move behind the splat. An ended pixel has light 0.
+template <bool IS_PLAIN>
 __device__ __forceinline__ Pair differentiate(const Splat& splat, float dx, float dy, float& light, Gradient& g) {
     const float uncapped = uncapped_alpha(splat, dx, dy);
-    const float alpha = uncapped >= ALPHA_MIN ? fminf(uncapped, ALPHA_MAX) : 0.0f;
-    const float effective = effective_alpha(uncapped, splat.mask);
+    const float bounded = IS_PLAIN ? uncapped : fminf(uncapped, ALPHA_MAX);
+    const float alpha = uncapped >= ALPHA_MIN ? bounded : 0.0f;
+    const float effective = IS_PLAIN ? alpha : __fmul_rn(splat.mask, alpha);
     const float after = light_behind(light, effective);
     const bool is_lit = after >= TRANSMITTANCE_MIN;
     const float g_colour = g.red * splat.red + g.green * splat.green + g.blue * splat.blue;
+    // What the pixel does not come to counts as alpha = 0.
+    const float alpha_if_lit = is_lit ? alpha : 0.0f;
     Pair pair;
-    pair.weight = is_lit ? light * effective : 0.0f;
+    pair.weight = light * (IS_PLAIN ? alpha_if_lit : splat.mask * alpha_if_lit);
     g.behind -= pair.weight * g_colour;
     const float d_effective = light * g_colour - g.behind * reciprocal_approximate(1.0f - effective);
-    pair.d_mask = is_lit ? alpha * d_effective : 0.0f;
-    pair.d_power = uncapped > ALPHA_MAX ? 0.0f : splat.mask * pair.d_mask;
+    pair.d_mask = alpha_if_lit * d_effective;
+    pair.d_power = IS_PLAIN ? pair.d_mask : uncapped > ALPHA_MAX ? 0.0f : splat.mask * pair.d_mask;
     light = is_lit ? after : 0.0f;
     return pair;
 }
@@ -101,20 +113,21 @@ __device__ __forceinline__ int place_of(const Image& image, const Bucket& bucket
     return row * image.width + bucket.tile_x + pixel_x(subtile, lane);
 }
 
-// The bucket of a warp; false when there is none.
+// The bucket of a warp; false when there is none. The counter is asked for together with what it may make worthless.
 __device__ __forceinline__ bool find_bucket(const Lists& lists, const Image& image, int index, const int* counter,
-                                            int capacity, Bucket& bucket) {
-    if (index >= min(*counter, capacity)) return false;
+                                            int capacity, Bucket& bucket, unsigned& alive) {
+    if (index >= capacity) return false;
     const int2 entry = lists.buckets[index];
-    if (entry.x < 0) return false;  // there was no room for it
-    const int stop = lists.ranges[entry.x].y, end = lists.ends[entry.x];
-    bucket.tile_x = entry.x % image.columns * TILE;
-    bucket.tile_y = image.first_row + entry.x / image.columns * TILE;
+    alive = lists.alive[index * SUBTILES + lane_index() % SUBTILES];
+    if (index >= *counter || entry.y < 0) return false;  // none, or there was no room for it
+    const int tile = tile_of_bucket(entry);
+    bucket.tile_x = tile % image.columns * TILE;
+    bucket.tile_y = image.first_row + tile / image.columns * TILE;
     bucket.first = entry.y;
-    bucket.count = min(BUCKET, stop - entry.y);
-    const bool is_last = entry.y + BUCKET >= end;
+    bucket.count = count_of_bucket(entry);
+    const int stop = lists.ranges[tile].y, end = lists.ends[tile];
     bucket.rest_first = end;
-    bucket.rest_last = is_last ? stop : end;
+    bucket.rest_last = entry.y + BUCKET >= end ? stop : end;
     return true;
 }
 
@@ -155,17 +168,24 @@ struct ColumnSums {
     float yy, red, green, blue, mask;
 };
 
-// One splat over the lane's pixels of the subtiles `here`. dx: of the two columns; y: centre of the lane's first pixel.
-__device__ __forceinline__ ColumnSums sum_sampled(const Splat& splat, unsigned here, const float (&dx)[SUBTILE_COLUMNS],
+// The bucket's splats that reach each subtile, a bit each. All lanes have the same, so that branches are cheap.
+struct Reaching {
+    unsigned splats[SUBTILES];
+};
+
+// One splat, `bit`, over the lane's pixels of the subtiles that it reaches. dx: of the two columns; y: centre of the lane's first pixel.
+template <bool IS_PLAIN>
+__device__ __forceinline__ ColumnSums sum_sampled(const Splat& splat, const Reaching& reaching, unsigned bit,
+                                               const float (&dx)[SUBTILE_COLUMNS],
                                                   float y, PixelStates& pixels) {
     ColumnSums sums = {};
 #pragma unroll
     for (int subtile = 0; subtile < SUBTILES; ++subtile) {
-        if ((here >> subtile & 1) == 0) continue;
+        if ((reaching.splats[subtile] & bit) == 0) continue;
         const int column = subtile % SUBTILE_COLUMNS;
         const float dy = y + float(subtile / SUBTILE_COLUMNS * SUBTILE_HEIGHT) - splat.y;
         Gradient& g = pixels.g[subtile];
-        const Pair pair = differentiate(splat, dx[column], dy, pixels.light[subtile], g);
+        const Pair pair = differentiate<IS_PLAIN>(splat, dx[column], dy, pixels.light[subtile], g);
         const float moment_y = pair.d_power * dy;
         sums.one[column] += pair.d_power;
         sums.y[column] += moment_y;
@@ -173,17 +193,19 @@ __device__ __forceinline__ ColumnSums sum_sampled(const Splat& splat, unsigned h
         sums.red += pair.weight * g.red;
         sums.green += pair.weight * g.green;
         sums.blue += pair.weight * g.blue;
-        sums.mask += pair.d_mask;
+        if (!IS_PLAIN) sums.mask += pair.d_mask;
     }
+    if (IS_PLAIN) sums.mask = sums.one[0] + sums.one[1];
     return sums;
 }
 
-__device__ __forceinline__ float sum_unsampled(const Splat& splat, unsigned here, const float (&dx)[SUBTILE_COLUMNS],
+__device__ __forceinline__ float sum_unsampled(const Splat& splat, const Reaching& reaching, unsigned bit,
+                                               const float (&dx)[SUBTILE_COLUMNS],
                                                float y, const PixelStates& pixels) {
     float sum = 0.0f;
 #pragma unroll
     for (int subtile = 0; subtile < SUBTILES; ++subtile) {
-        if ((here >> subtile & 1) == 0) continue;
+        if ((reaching.splats[subtile] & bit) == 0) continue;
         const float dy = y + float(subtile / SUBTILE_COLUMNS * SUBTILE_HEIGHT) - splat.y;
         sum += differentiate_unsampled(splat, dx[subtile % SUBTILE_COLUMNS], dy, pixels.light[subtile],
                                        pixels.g[subtile]);
@@ -239,11 +261,11 @@ __device__ __forceinline__ void write_gathered(const PixelShared& shared, int nu
 }
 
 // The lane's pixels as they are in front of the bucket; returns the subtiles that have a pixel alive. Pixels that have
-// ended read the first one of all: no branch, so that all loads are on their way together.
+// ended read the first one of all: no branch, so that all loads are on their way together. Lane k has `alive` of the
+// subtile k % SUBTILES.
 __device__ __forceinline__ unsigned load_pixels(const Lists& lists, const Image& image, const Bucket& bucket,
-                                                int index, PixelStates& pixels) {
+                                                int index, unsigned alive, PixelStates& pixels) {
     const int lane = lane_index();
-    const unsigned alive = lists.alive[index * SUBTILES + lane % SUBTILES];
     float4 checkpoints[SUBTILES];
     int places[SUBTILES];
     unsigned living = 0;
@@ -281,39 +303,54 @@ backward_pixels(const float* __restrict__ rows, const int2* __restrict__ ranges,
     const Image image = {first_row, last_row, columns, width, rgb, transmittance, d_rgb, d_transmittance};
     const int lane = lane_index(), index = blockIdx.x * BACKWARD_WARPS + warp_index();
     Bucket bucket;
-    if (!find_bucket(lists, image, index, counter, bucket_capacity, bucket)) return;
+    unsigned alive_of_lane;
+    if (!find_bucket(lists, image, index, counter, bucket_capacity, bucket, alive_of_lane)) return;
     PixelShared& shared = of_warps[warp_index()];
     unsigned its_reached = 0;
     int its_instance = 0;
-    bool is_sampled = false;
+    bool is_sampled = false, its_plain = false;
+    Row row = {};
     if (lane < bucket.count) {
         its_reached = lists.reached[bucket.first + lane];
         its_instance = lists.instances[bucket.first + lane];
-        const Splat splat = splat_of(load_row(rows, lists.rows[bucket.first + lane]));
-        is_sampled = splat.mask != 0.0f;
-        stage_splat(shared.splats + lane * (SPLAT_FLOATS / 4), splat);
+        row = load_row(rows, lists.rows[bucket.first + lane]);
     }
     PixelStates pixels;
-    its_reached &= load_pixels(lists, image, bucket, index, pixels);
+    its_reached &= load_pixels(lists, image, bucket, index, alive_of_lane, pixels);
+    if (lane < bucket.count) {
+        const Splat splat = splat_of(row);
+        is_sampled = splat.mask != 0.0f;
+        its_plain = is_plain(splat);
+        stage_splat(shared.splats + lane * (SPLAT_FLOATS / 4), splat);
+    }
     const float zeros[NUM_SUMS] = {};
     // Rows of splats that reach no living subtile, and all but the last value of those with m = 0.
     if (lane < bucket.count && (its_reached == 0 || !is_sampled)) write_sums(sums, its_instance, zeros);
-    const unsigned sampled = __ballot_sync(ALL_LANES, is_sampled);
+    const unsigned sampled = __ballot_sync(ALL_LANES, is_sampled), plain = __ballot_sync(ALL_LANES, its_plain);
     __syncwarp();
     const float x = bucket.tile_x + pixel_x(0, lane) + 0.5f, y = bucket.tile_y + pixel_y(0, lane) + 0.5f;
     int num_gathered = 0, instance_of_row = 0;
+    Reaching reaching;
+#pragma unroll
+    for (int subtile = 0; subtile < SUBTILES; ++subtile) {
+        reaching.splats[subtile] = __ballot_sync(ALL_LANES, (its_reached >> subtile & 1) != 0);
+    }
     for (unsigned left = __ballot_sync(ALL_LANES, its_reached != 0); left != 0; left &= left - 1) {
         const int k = __ffs(left) - 1;
-        const unsigned here = __reduce_or_sync(ALL_LANES, lane == k ? its_reached : 0u);
+        const unsigned bit = 1u << k;
         const int instance = __shfl_sync(ALL_LANES, its_instance, k);
         const Splat splat = staged_splat(shared.splats + k * (SPLAT_FLOATS / 4));
         const float dx[SUBTILE_COLUMNS] = {x - splat.x, x + float(SUBTILE_WIDTH) - splat.x};
-        if ((sampled >> k & 1) == 0) {
-            const float sum = warp_sum(sum_unsampled(splat, here, dx, y, pixels));
+        if ((sampled & bit) == 0) {
+            const float sum = warp_sum(sum_unsampled(splat, reaching, bit, dx, y, pixels));
             if (lane == 0) sums[static_cast<long long>(instance) * NUM_SUMS + SUM_MASK] = sum;
             continue;
         }
-        gather(sum_sampled(splat, here, dx, y, pixels), dx, num_gathered, shared);
+        if ((plain & bit) != 0) {
+            gather(sum_sampled<true>(splat, reaching, bit, dx, y, pixels), dx, num_gathered, shared);
+        } else {
+            gather(sum_sampled<false>(splat, reaching, bit, dx, y, pixels), dx, num_gathered, shared);
+        }
         if (lane / NUM_SUMS == num_gathered) instance_of_row = instance;
         if (++num_gathered == GATHERED) {
             write_gathered(shared, GATHERED, instance_of_row, sums);
@@ -329,8 +366,8 @@ backward_pixels(const float* __restrict__ rows, const int2* __restrict__ ranges,
 constexpr int PAIRS = NUM_SUMS / 2;             // a lane adds up one of the five pairs of a row: rows are read as they lie
 constexpr int PART_WARPS = 8;
 constexpr int LANES_IN_USE = WARP / PAIRS * PAIRS;
-constexpr int FINISH_SPLATS = 64;
-constexpr int FINISH_THREADS = FINISH_SPLATS * PAIRS;
+constexpr int FINISH_WARPS = 8, FINISH_ITEMS = 2, FINISH_THREADS = FINISH_WARPS * WARP;
+constexpr int SPLATS_OF_WARP = WARP / PAIRS;    // at a time
 
 // The sum over each part takes the place of its first row in `sums`.
 extern "C" __global__ void __launch_bounds__(PART_WARPS * WARP)
@@ -358,48 +395,80 @@ sum_parts(const int4* __restrict__ parts, const int* __restrict__ totals, float2
     }
 }
 
+// What the gradient of a row takes of the row itself.
+struct Conic {
+    float a, b, c, opacity;
+};
+
 // Pair `pair` of the gradient of a row from all its sums.
-__device__ __forceinline__ float2 gradient_of_row(const float2* row, const float2* sums, int pair) {
-    const float2 conic_ab = row[CONIC_A / 2], conic_c_opacity = row[CONIC_C / 2];
-    const float a = conic_ab.x, b = conic_ab.y, c = conic_c_opacity.x;
+__device__ __forceinline__ float2 gradient_of_row(const Conic& conic, const float2* sums, int pair) {
     const float2 of_1_x = sums[0], of_y_xx = sums[1], of_xy_yy = sums[2];
-    if (pair == 0) return make_float2(a * of_1_x.y + b * of_y_xx.x, b * of_1_x.y + c * of_y_xx.x);
+    if (pair == 0) {
+        return make_float2(conic.a * of_1_x.y + conic.b * of_y_xx.x, conic.b * of_1_x.y + conic.c * of_y_xx.x);
+    }
     if (pair == 1) return make_float2(-0.5f * of_y_xx.y, -of_xy_yy.x);
-    if (pair == 2) return make_float2(-0.5f * of_xy_yy.y, of_1_x.x / conic_c_opacity.y);
+    if (pair == 2) return make_float2(-0.5f * of_xy_yy.y, of_1_x.x / conic.opacity);
     return sums[pair];
 }
 
 // first_instances (splats + 1), totals: binning.cu. sums (instances, 10): as sum_parts leaves them. d_rows (splats, 10)
-// is added to, or written when `overwrites`.
+// is added to, or written when `overwrites`. A lane has a pair of FINISH_ITEMS splats, so that what it waits for is on its
+// way for all of them; so are the first two instances, and most splats have no more. A splat's lanes are in one warp.
 extern "C" __global__ void __launch_bounds__(FINISH_THREADS)
 finish_rows(const float2* __restrict__ rows, const int* __restrict__ first_instances, const int* __restrict__ totals,
             const float2* __restrict__ sums, int overwrites, float2* __restrict__ d_rows) {
-    __shared__ float2 shared[FINISH_THREADS];
-    const int first_splat = blockIdx.x * FINISH_SPLATS, splat = first_splat + threadIdx.x / PAIRS;
-    const int pair = threadIdx.x % PAIRS, num_splats = totals[TOTAL_SPLATS];
-    if (first_splat >= num_splats) return;
-    int first = 0, last = 0;
-    if (splat < num_splats && totals[TOTAL_INSTANCES] > 0) {
-        first = first_instances[splat];
-        last = first_instances[splat + 1];
+    __shared__ float2 shared[FINISH_ITEMS][FINISH_THREADS];
+    const int lane = lane_index(), pair = lane % PAIRS, num_splats = totals[TOTAL_SPLATS];
+    const int first_of_warp = (blockIdx.x * FINISH_WARPS + warp_index()) * FINISH_ITEMS * SPLATS_OF_WARP;
+    if (first_of_warp >= num_splats) return;
+    const bool has_instances = totals[TOTAL_INSTANCES] > 0, is_idle = lane >= LANES_IN_USE;
+    const int first_splat = first_of_warp + lane / PAIRS;
+    int firsts[FINISH_ITEMS], lasts[FINISH_ITEMS];
+    Conic conics[FINISH_ITEMS];
+    float2 one[FINISH_ITEMS], two[FINISH_ITEMS];
+#pragma unroll
+    for (int k = 0; k < FINISH_ITEMS; ++k) {
+        const int splat = first_splat + k * SPLATS_OF_WARP;
+        const bool is_used = splat < num_splats && has_instances && !is_idle;
+        firsts[k] = is_used ? first_instances[splat] : 0;
+        lasts[k] = is_used ? first_instances[splat + 1] : 0;
+        const float2* row = rows + static_cast<long long>(is_used ? splat : 0) * PAIRS;
+        const float2 conic_ab = row[CONIC_A / 2], conic_c_opacity = row[CONIC_C / 2];
+        conics[k] = {conic_ab.x, conic_ab.y, conic_c_opacity.x, conic_c_opacity.y};
     }
-    const int step = last - first > FEW_TILES ? PART : 1;
-    float2 total = make_float2(0.0f, 0.0f);
-    for (int instance = first; instance < last; instance += step) {
-        const float2 more = sums[static_cast<long long>(instance) * PAIRS + pair];
-        total.x += more.x;
-        total.y += more.y;
+#pragma unroll
+    for (int k = 0; k < FINISH_ITEMS; ++k) {
+        const float2* its_sums = sums + static_cast<long long>(firsts[k]) * PAIRS + pair;
+        const int number = lasts[k] - firsts[k];
+        one[k] = number > 0 ? its_sums[0] : make_float2(0.0f, 0.0f);
+        two[k] = number > 1 && number <= FEW_TILES ? its_sums[PAIRS] : make_float2(0.0f, 0.0f);
     }
-    shared[threadIdx.x] = total;
-    __syncthreads();
-    if (splat >= num_splats || (last == first && overwrites == 0)) return;
-    const long long place = static_cast<long long>(splat) * PAIRS;
-    float2 gradient = make_float2(0.0f, 0.0f);
-    if (last > first) gradient = gradient_of_row(rows + place, shared + threadIdx.x - pair, pair);
-    if (overwrites == 0) {
-        const float2 before = d_rows[place + pair];
-        gradient.x += before.x;
-        gradient.y += before.y;
+#pragma unroll
+    for (int k = 0; k < FINISH_ITEMS; ++k) {
+        const bool has_parts = lasts[k] - firsts[k] > FEW_TILES;
+        float2 total = make_float2(one[k].x + two[k].x, one[k].y + two[k].y);
+        const int step = has_parts ? PART : 1;
+        for (int instance = firsts[k] + (has_parts ? PART : 2); instance < lasts[k]; instance += step) {
+            const float2 more = sums[static_cast<long long>(instance) * PAIRS + pair];
+            total.x += more.x;
+            total.y += more.y;
+        }
+        shared[k][threadIdx.x] = total;
     }
-    d_rows[place + pair] = gradient;
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < FINISH_ITEMS; ++k) {
+        const int splat = first_splat + k * SPLATS_OF_WARP;
+        const bool is_reached = lasts[k] > firsts[k];
+        if (splat >= num_splats || is_idle || (!is_reached && overwrites == 0)) continue;
+        const long long place = static_cast<long long>(splat) * PAIRS + pair;
+        float2 gradient = make_float2(0.0f, 0.0f);
+        if (is_reached) gradient = gradient_of_row(conics[k], shared[k] + threadIdx.x - pair, pair);
+        if (overwrites == 0) {
+            const float2 before = d_rows[place];
+            gradient.x += before.x;
+            gradient.y += before.y;
+        }
+        d_rows[place] = gradient;
+    }
 }
