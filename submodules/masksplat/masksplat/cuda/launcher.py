@@ -36,7 +36,7 @@ Argument = Tensor | Piece | np.generic | int | float | None
 FREE_SHARED_BYTES = 48 * 1024
 """Dynamic shared memory of a block that needs no permission."""
 
-FORMATS = {np.int32: "i", np.uint32: "I", np.int64: "q", np.uint64: "Q", np.float32: "f"}
+FORMATS = {np.int32: "i", np.uint32: "I", np.int64: "q", np.uint64: "Q", np.float32: "f", np.float64: "d"}
 """How `struct` packs a numpy scalar."""
 
 PLAIN_FORMATS = {(int, 4): "i", (int, 8): "q", (float, 4): "f"}
@@ -178,6 +178,7 @@ class DeviceLauncher:
         try:
             packer.pack(*values)
         except (struct.error, OverflowError) as error:
+            Packer(kernel, loaded.places, arguments)  # says what is wrong with their kinds or number
             raise ValueError(f"{kernel} was given {arguments}: {error}") from error
         if shared_bytes > FREE_SHARED_BYTES and shared_bytes > self._shared_limits.get(kernel, 0):
             self._raise_shared_limit(kernel, shared_bytes)
