@@ -37,6 +37,7 @@ from masksplat.cpu.geometry import (
 )
 from masksplat.cpu.kernel import device, kernel
 from masksplat.cpu.lanes import COEFFICIENTS, column, fill_batch, maximum, read_rows
+from masksplat.cpu.lazy_adam import catch_up_all
 from masksplat.cpu.simd import LANES, broadcast, square_root, store
 from masksplat.cpu.spherical_harmonics import colour_of, write_basis
 from masksplat.types import ALPHA_MIN, NUM_ROW_COLUMNS, SLOT_NO_PIXEL, SLOT_UNSEEN, TILE
@@ -50,11 +51,14 @@ MEAN_X, MEAN_Y, DEPTH, COV_XX, COV_XY, COV_YY, DET, ALPHA = range(8)
 
 
 @kernel
-def project_rows(task, num_tasks, gaussian, flat_shN, masks, camera, size, flags, limits, slots, rows, boxes, counts):
+def project_rows(
+    task, num_tasks, gaussian, flat_shN, late, last, masks, camera, size, flags, limits, slots, rows, boxes, counts
+):  # fmt: skip
     """Project the rows of this task; visible ones are packed from the start of the task's own range.
 
     `gaussian` is (means, quats, scales, opacities, sh0, shN), `size` (width, height), `flags` (degree, activated,
-    antialiased), `limits` (near, far, eps2d). slots[i] is set to the packed row within the task's range or to a
+    antialiased), `limits` (near, far, eps2d). With `late` (see `catch_up_row`; empty: not) rows of shN that are drawn are
+    brought up to update `last`. slots[i] is set to the packed row within the task's range or to a
     negative SLOT_ value; counts[task] to the number of packed rows. rows has an 11th column, the depth.
     """
     means = gaussian[0]
@@ -81,6 +85,8 @@ def project_rows(task, num_tasks, gaussian, flat_shN, masks, camera, size, flags
                 candidates[packed - start] = i  # never ahead of `first`: the list of packed rows overwrites it
                 packed += 1
     counts[task] = packed - start
+    if late[0].size > 0 and flags[0] > 0:
+        catch_up_all(candidates, packed - start, last, 3 * gaussian[5].shape[1], flat_shN, late)
     colour_rows(gaussian, flat_shN, camera, flags, candidates, packed - start, start, lanes, index, rows)
 
 

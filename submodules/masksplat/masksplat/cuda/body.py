@@ -21,6 +21,7 @@ from masksplat.cuda.capacity import Capacity
 from masksplat.cuda.devices import launcher_of
 from masksplat.cuda.launcher import Launcher
 from masksplat.cuda.rasterization import Rasterizer
+from masksplat.lazy import LazyRows
 from masksplat.types import (
     AdamStep,
     Frame,
@@ -192,6 +193,10 @@ class CudaBody:
             ValueError: tensors that cannot be updated in place.
         """
         projection.adam(self.launcher, param, grad, exp_avg, exp_avg_sq, step, status=self.status)
+
+    def lazy_rows(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, update: int) -> LazyRows | None:
+        """See `Body.lazy_rows`; every update is dense."""
+        return None
 
     def blend_scores(
         self, splats: Splats, view: int, size: tuple[int, int], *, rows: tuple[int, int] | None = None

@@ -30,6 +30,7 @@ from masksplat.reference.compositing import (
 )
 from masksplat.reference.projection import pinhole, project, splat_rows, take
 from masksplat.statistics import add_statistics
+from masksplat.lazy import LazyRows
 from masksplat.types import (
     AdamStep,
     Frame,
@@ -194,6 +195,10 @@ class ReferenceBody:
         adam_module.adam(param, grad, exp_avg, exp_avg_sq, step)
 
     @torch.no_grad()
+    def lazy_rows(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, update: int) -> LazyRows | None:
+        """See `Body.lazy_rows`; every update is dense."""
+        return None
+
     def blend_scores(
         self, splats: Splats, view: int, size: tuple[int, int], *, rows: tuple[int, int] | None = None
     ) -> tuple[Tensor, Tensor]:
