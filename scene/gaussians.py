@@ -96,8 +96,8 @@ class GaussianTable:
     statistics: "grad_norm_sum" (sum over views of the norm of the NDC position gradient) and "view_count", each (N,);
     on all ranks or on none also OPTIONAL_STATISTICS.
     ids: (N,) int64 >= 0, unique over all ranks. num_updates: Adam updates completed so far, common to all attributes;
-    edits leave it alone, and the training step adds 1 after it has updated every attribute. Rows of shN that a step does
-    not draw may be updated later (`scene.attribute_tensors`): before anybody but the step gets to see them.
+    edits leave it alone, and the training step adds 1 after it has updated every attribute. A step may leave rows of
+    shN that it does not draw for later (`scene.attribute_tensors`): they are updated before anybody else sees them.
     """
 
     params: MutableMapping[str, Tensor]
@@ -110,10 +110,9 @@ class GaussianTable:
     def __post_init__(self) -> None:
         """Guard the tensors whose updates may be behind."""
         self._backlog = Backlog()
-        self._stored = tuple(
-            AttributeTensors(tensors, self._backlog) for tensors in (self.params, self.exp_avg, self.exp_avg_sq)
-        )
-        self.params, self.exp_avg, self.exp_avg_sq = self._stored
+        groups = (self.params, self.exp_avg, self.exp_avg_sq)
+        self._guarded = [AttributeTensors(tensors, self._backlog) for tensors in groups]
+        self.params, self.exp_avg, self.exp_avg_sq = self._guarded
 
     @classmethod
     def from_arrays(
@@ -171,17 +170,21 @@ class GaussianTable:
 
     def for_step(self, body: Body) -> StoredRows:
         """The tensors as they lie in memory, for a step that draws with `body` and updates what it draws."""
-        params, exp_avg, exp_avg_sq = (tensors.stored() for tensors in self._stored)
+        params, exp_avg, exp_avg_sq = self._stored()
         if self._backlog.rows is None:
-            self._backlog.rows = body.lazy_rows(
-                *(tensors[LAZY_ATTRIBUTE] for tensors in (params, exp_avg, exp_avg_sq)), self.num_updates
-            )
+            name = LAZY_ATTRIBUTE
+            self._backlog.rows = body.lazy_rows(params[name], exp_avg[name], exp_avg_sq[name], self.num_updates)
         return StoredRows(params, exp_avg, exp_avg_sq, self._backlog.rows)
 
     def for_dense_step(self) -> StoredRows:
         """The tensors for a step that updates every row itself."""
         self._backlog.end(LAZY_ATTRIBUTE)
-        return StoredRows(*(tensors.stored() for tensors in self._stored), None)
+        params, exp_avg, exp_avg_sq = self._stored()
+        return StoredRows(params, exp_avg, exp_avg_sq, None)
+
+    def _stored(self) -> list[Mapping[str, Tensor]]:
+        """Parameters and moments as they lie in memory."""
+        return [tensors.stored() for tensors in self._guarded]
 
     def rewind(self, count: int) -> None:
         """Forget the last `count` updates, which changed nothing because a buffer of the body had been too small."""

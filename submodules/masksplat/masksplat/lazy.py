@@ -27,8 +27,8 @@ FACTORS = 7
 class LazyRows:
     """The rows of one attribute with their moments, and which updates each of them has had.
 
-    param, exp_avg, exp_avg_sq: (N, ...), contiguous. catch_up: the body's pass that brings all rows up to `latest`; while
-    the body's status words note an overflow it changes nothing. latest: the last update that was begun.
+    param, exp_avg, exp_avg_sq: (N, ...), contiguous. catch_up: the body's pass that brings all rows up to `latest`;
+    while the body's status words note an overflow it changes nothing. latest: the last update that was begun.
     updates: (N,) int32, the last update that each row has had. ring: (F, FACTORS), numbers of update u in row u % F.
     """
 
@@ -54,7 +54,7 @@ class LazyRows:
         Raises: ValueError when it does not follow the last one.
         """
         if update != self.latest + 1:
-            raise ValueError(f"update {update} cannot follow update {self.latest}: rows that are behind would miss some")
+            raise ValueError(f"update {update} cannot follow update {self.latest}: rows that are behind would miss one")
         if update - self._settled[-1] > CAPACITY:
             self.settle()  # the ring is about to lose the oldest update
         self.latest = update

@@ -68,8 +68,8 @@ class Body(Protocol):
     ) -> Tensor:
         """`project_backward`, Adam and the densify statistics in one pass, in place; returns the mask gradient (N,).
 
-        `gradient_scale` multiplies the parameters' and masks' gradients, not the statistics. With `gaussians.lazy`, rows
-        of shN that are not drawn are left behind.
+        `gradient_scale` multiplies the parameters' and masks' gradients, not the statistics. With `gaussians.lazy`,
+        rows of shN that are not drawn are left behind.
         """
 
     def rasterize(

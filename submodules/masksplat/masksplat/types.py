@@ -54,7 +54,8 @@ class Gaussians:
     opacities: Tensor  # (N,) logit
     sh0: Tensor  # (N, 3)
     shN: Tensor  # (N, K - 1, 3)
-    lazy: LazyRows | None = None  # shN's, of the body that made it: rows may be behind, and are caught up when drawn
+    # shN's, of the body that made it: rows may be behind, and are caught up when they are drawn.
+    lazy: LazyRows | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return int(self.means.shape[0])

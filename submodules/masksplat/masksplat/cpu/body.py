@@ -14,7 +14,6 @@ from masksplat.cpu import photometric as loss_kernels
 from masksplat.cpu.adam import adam_rows
 from masksplat.cpu.binning import TileLists, bin_splats
 from masksplat.cpu.geometry import CAMERA_SIZE
-from masksplat.cpu.lazy_adam import catch_up_rows
 from masksplat.cpu.project import compact_rows, project_rows
 from masksplat.cpu.project_backward import project_backward_rows
 from masksplat.cpu.rasterize import rasterize_tiles
@@ -23,7 +22,7 @@ from masksplat.cpu.scores import score_tiles, sum_scores
 from masksplat.cpu.threads import ThreadTeam
 from masksplat.cpu.tile import tile_constants
 from masksplat.cpu.update import update_rows
-from masksplat.lazy import CAPACITY, FACTORS, LazyRows
+from masksplat.lazy import LazyRows
 from masksplat.types import (
     NUM_ROW_COLUMNS,
     AdamStep,
@@ -86,7 +85,7 @@ class CpuBody:
         for view, size in enumerate(views.sizes):
             counts = np.zeros(self.num_tasks, np.int64)
             self.team.run(
-                project_rows, self.num_tasks, table, table[5].reshape(-1), *_late_arrays(gaussians), mask_array,
+                project_rows, self.num_tasks, table, table[5].reshape(-1), mask_array,
                 cameras[view], np.array(size), _flags(settings),
                 _limits(settings, dtype), slots[view], packed, packed_boxes, counts,
             )  # fmt: skip
@@ -142,15 +141,10 @@ class CpuBody:
         dtype = table[0].dtype
         d_masks = np.empty(len(gaussians), dtype)
         factors = np.array([_adam_factors(step, gradient_scale) for step in optimizer.steps], dtype)
-        if gaussians.lazy is not None:
-            update = optimizer.steps[5].update
-            gaussians.lazy.begin(update)
-            gaussians.lazy.ring[update % CAPACITY] = torch.from_numpy(factors[5])
         self.team.run(
             update_rows, self.num_tasks, table, tuple(a.reshape(-1) for a in table),
             tuple(_array(m).reshape(-1) for m in optimizer.exp_avg),
-            tuple(_array(v).reshape(-1) for v in optimizer.exp_avg_sq), factors, *_late_arrays(gaussians),
-            pack_cameras(views, dtype),
+            tuple(_array(v).reshape(-1) for v in optimizer.exp_avg_sq), factors, pack_cameras(views, dtype),
             np.array(views.sizes, np.int64), _limits(settings, dtype), _flags(settings), _array(splats.slots),
             _array(d_rows), _array(statistics.grad_norm_sum),
             _array(statistics.view_count), d_masks,
@@ -255,15 +249,8 @@ class CpuBody:
         self.team.run(adam_rows, self.num_tasks, *arrays, np.array(_adam_factors(step), arrays[0].dtype))
 
     def lazy_rows(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, update: int) -> LazyRows | None:
-        """See `Body.lazy_rows`."""
-        if param.numel() == 0:
-            return None
-        return LazyRows(param, exp_avg, exp_avg_sq, self._catch_up, update)
-
-    def _catch_up(self, lazy: LazyRows) -> None:
-        """Bring all rows up to the last update."""
-        width, flat = lazy.param[0].numel(), _array(lazy.param).reshape(-1)
-        self.team.run(catch_up_rows, self.num_tasks, width, lazy.latest, flat, _arrays_of(lazy))
+        """See `Body.lazy_rows`; every update is dense: replaying one takes as long as a pass through memory."""
+        return None
 
     def blend_scores(
         self, splats: Splats, view: int, size: tuple[int, int], *, rows: tuple[int, int] | None = None
@@ -314,19 +301,6 @@ def _table_arrays(gaussians: Gaussians) -> tuple[Array, ...]:
             gaussians.shN,
         )  # fmt: skip
     )
-
-
-def _late_arrays(gaussians: Gaussians) -> tuple[tuple[Array, ...], int]:
-    """What `catch_up_row` takes, and the last update; empty arrays where no row is behind."""
-    if gaussians.lazy is not None:
-        return _arrays_of(gaussians.lazy), gaussians.lazy.latest
-    nothing = np.empty(0, _array(gaussians.shN).dtype)
-    return (np.empty(0, np.int32), nothing, nothing, nothing.reshape(0, FACTORS)), 0
-
-
-def _arrays_of(lazy: LazyRows) -> tuple[Array, ...]:
-    flat = (_array(moment).reshape(-1) for moment in (lazy.exp_avg, lazy.exp_avg_sq))
-    return (_array(lazy.updates), *flat, _array(lazy.ring))
 
 
 def _view_arrays(splats: Splats, view: int) -> tuple[Array, Array]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from masksplat.gsplat.projection import ProjectionState, backward_through_gsplat, project_with_gsplat
+from masksplat.lazy import LazyRows
 from masksplat.ops import Body
 from masksplat.statistics import add_statistics
-from masksplat.lazy import LazyRows
 from masksplat.types import (
     TILE,
     AdamStep,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from masksplat.lazy import LazyRows
 from masksplat.reference import adam as adam_module
 from masksplat.reference import photometric as photometric_module
 from masksplat.reference.compositing import (
@@ -30,7 +31,6 @@ from masksplat.reference.compositing import (
 )
 from masksplat.reference.projection import pinhole, project, splat_rows, take
 from masksplat.statistics import add_statistics
-from masksplat.lazy import LazyRows
 from masksplat.types import (
     AdamStep,
     Frame,
