@@ -118,10 +118,9 @@ def same_bits(one: Tensor, two: Tensor) -> bool:
     return one.dtype == two.dtype and torch.equal(one.contiguous().view(kind), two.contiguous().view(kind))
 
 
-def gradients_of(splats: Splats, update: int) -> Tensor:
-    """(M, 10), of the Gaussian and the update alone; one in eight rows has none."""
+def gradients_of(count: int, update: int) -> Tensor:
+    """(count, 10), the gradient of each Gaussian's splats in an update; one in eight has none."""
     generator = torch.Generator().manual_seed(update)
-    num_rows = splats.slots.shape[1]
-    values = torch.randn(num_rows, 10, generator=generator, dtype=torch.float64) * 1e-4
-    values[torch.rand(num_rows, generator=generator) < 0.125] = 0.0
-    return values.to(splats.rows)[splats.gaussians.long()]
+    values = torch.randn(count, 10, generator=generator) * 1e-4
+    values[torch.rand(count, generator=generator) < 0.125] = 0.0
+    return values
