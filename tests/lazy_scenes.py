@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kernel_scenes import parameters_of, random_scene, with_parameters
 from masksplat.lazy import LazyRows
 from masksplat.ops import Body
 from masksplat.types import AdamStep, Gaussians, Optimizer, ProjectionSettings, Splats, Statistics, Views
-from kernel_scenes import parameters_of, random_scene, with_parameters
 
 NUM_VIEWS = 8
 SIZE = (50, 40)

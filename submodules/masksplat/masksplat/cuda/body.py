@@ -15,8 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from masksplat.cuda import photometric as loss
 from masksplat.cuda import lazy_adam, projection
+from masksplat.cuda import photometric as loss
 from masksplat.cuda.capacity import Capacity
 from masksplat.cuda.devices import launcher_of
 from masksplat.cuda.launcher import Launcher
@@ -34,7 +34,6 @@ from masksplat.types import (
     Statistics,
     Views,
 )
-
 
 LAZY_FROM = 1_000_000
 """Gaussians from which on shN is updated lazily; with fewer, a dense pass takes no longer than one more launch."""

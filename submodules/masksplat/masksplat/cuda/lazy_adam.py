@@ -10,7 +10,7 @@ from torch import Tensor
 
 from masksplat.cuda.launcher import Argument, Launcher
 from masksplat.lazy import LazyRows
-from masksplat.types import Gaussians, Splats
+from masksplat.types import Gaussians, ProjectionSettings, Splats
 
 BLOCK = 128
 """Threads of a block, with one Gaussian each."""
@@ -29,13 +29,14 @@ def colour(
     launcher: Launcher,
     lazy: LazyRows,
     gaussians: Gaussians,
-    degree: int,
+    settings: ProjectionSettings,
     cameras: Tensor,
     splats: Splats,
     status: Tensor | None,
 ) -> None:
-    """Bring the rows that are drawn up to the last update, and write the colours of their splats; `degree` >= 1."""
+    """Bring the rows that are drawn up to the last update, and write their splats' colours of a degree above 0."""
     num_views, num_gaussians = splats.slots.shape
+    degree = settings.sh_degree or 0
     launcher(
         f"lazy.colour_degree_{degree}", -(-num_gaussians // BLOCK), BLOCK,
         lazy.param, lazy.exp_avg, lazy.exp_avg_sq, lazy.updates, lazy.ring, *_extent(lazy), status,

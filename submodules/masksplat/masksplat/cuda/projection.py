@@ -104,7 +104,7 @@ def project(
         shared_bytes=4 * PROJECT_BLOCK * shared_floats,
     )  # fmt: skip
     if lazy is not None:
-        lazy_adam.colour(launcher, lazy, gaussians, settings.sh_degree, cameras, splats, status)
+        lazy_adam.colour(launcher, lazy, gaussians, settings, cameras, splats, status)
     return splats
 
 
