@@ -113,9 +113,7 @@ class CudaBody:
         Raises:
             ValueError: tensors that are not float32, or too few SH coefficients for the degree.
         """
-        return projection.project(
-            self.launcher, gaussians, views, settings, masks=masks, ids=ids, status=self.status
-        )
+        return projection.project(self.launcher, gaussians, views, settings, masks=masks, ids=ids, status=self.status)
 
     def project_backward(
         self, gaussians: Gaussians, views: Views, settings: ProjectionSettings, splats: Splats, d_rows: Tensor
