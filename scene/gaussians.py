@@ -186,6 +186,12 @@ class GaussianTable:
         """Parameters and moments as they lie in memory."""
         return [tensors.stored() for tensors in self._guarded]
 
+    @property
+    def lazy_bytes(self) -> int:
+        """Bytes of a row besides the table's tensors: which updates it has had, where rows can be behind."""
+        rows = self._backlog.rows
+        return rows.updates.element_size() if rows is not None else 0
+
     def rewind(self, count: int) -> None:
         """Forget the last `count` updates, which changed nothing because a buffer of the body had been too small."""
         self.num_updates -= count

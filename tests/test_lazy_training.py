@@ -17,6 +17,7 @@ from cuda_launchers import launchers, make_launcher
 from distributed.communicator import Communicator
 from distributed.partition import PARTITION_KINDS
 from house_rules import ROOT
+from launch.memory import bytes_per_gaussian
 from masksplat.cuda.launcher import Launcher
 from masksplat.lazy import LazyRows
 from scene.attribute_tensors import LAZY_ATTRIBUTE
@@ -116,6 +117,12 @@ def test_an_edit_ends_the_backlog_and_a_dense_step_does() -> None:
     assert table.for_dense_step().lazy is None and body.num_passes == 2
     table.num_updates = 3
     assert table.for_step(body).lazy.latest == 3
+
+
+def test_the_number_of_a_rows_last_update_is_counted() -> None:
+    table, _ = table_behind()
+    dense = GaussianTable.from_arrays(table.params)
+    assert (bytes_per_gaussian(dense), bytes_per_gaussian(table)) == (736, 740)
 
 
 def test_going_back_takes_the_backlog_along() -> None:
