@@ -44,7 +44,7 @@ def assert_same_bits(one: Twin, two: Twin) -> None:
         assert same_bits(*pair), f"tensor {place}"
 
 
-@pytest.mark.parametrize("highest", [3, 2, 1])
+@pytest.mark.parametrize("highest", [3, 1])
 def test_every_bit_is_that_of_dense_updates(body, highest):
     """Through more updates than can be replayed, with one view and several, and moments that underflow."""
     views = turning_views(torch.float32)
