@@ -126,6 +126,8 @@ def test_other_bodies_are_dense():
 
 def test_small_tables_are_dense(body):
     values = torch.zeros(4, 15, 3, device=body.device)
+    body.lazy_from = None
+    assert body.lazy_rows(values, values, values, 0) is None
     body.lazy_from = 5
     assert body.lazy_rows(values, values, values, 0) is None
     assert body.lazy_rows(values[:0], values[:0], values[:0], 0) is None

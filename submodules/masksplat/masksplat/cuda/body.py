@@ -35,8 +35,8 @@ from masksplat.types import (
     Views,
 )
 
-LAZY_FROM = 1_000_000
-"""Gaussians from which on shN is updated lazily; with fewer, a dense pass takes no longer than one more launch."""
+LAZY_FROM: int | None = None
+"""Gaussians from which on shN is updated lazily; None: never, until bench/cuda_lazy.py has said where it pays."""
 
 
 class CudaBody:
@@ -199,12 +199,12 @@ class CudaBody:
         projection.adam(self.launcher, param, grad, exp_avg, exp_avg_sq, step, status=self.status)
 
     def lazy_rows(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, update: int) -> LazyRows | None:
-        """See `Body.lazy_rows`; small tables are updated densely.
+        """See `Body.lazy_rows`; tables of less than `lazy_from` rows are updated densely.
 
         Raises:
             ValueError: tensors that are not float32, contiguous and aligned to 16 bytes.
         """
-        if len(param) < self.lazy_from or param.numel() == 0:
+        if self.lazy_from is None or len(param) < self.lazy_from or param.numel() == 0:
             return None
         projection.check_in_place("a lazily updated attribute", param, exp_avg, exp_avg_sq)
         return LazyRows(param, exp_avg, exp_avg_sq, self._catch_up, update)
