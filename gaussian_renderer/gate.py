@@ -18,6 +18,7 @@ from torch import Tensor
 from masksplat.ops import Body
 from masksplat.statistics import add_statistics
 from masksplat.types import GaussianGradients, Gaussians, Optimizer, ProjectionSettings, Splats, Statistics, Views
+from scene.gaussians import GaussianTable, StoredRows
 
 
 class GateOfStep(Protocol):
@@ -73,6 +74,13 @@ def gated(gaussians: Gaussians, settings: ProjectionSettings, gate: GateOfStep |
     if gate.mask is not None:
         raise ValueError("a gate has a mask or factors, not both")
     return FactoredGaussians(gaussians, settings, gate.opacity_factor, gate.scale_factor)
+
+
+def rows_for(table: GaussianTable, body: Body, gate: GateOfStep | None) -> StoredRows:
+    """The table's tensors for a step behind this gate: with factors every row is updated in every step."""
+    if gate is None or (gate.opacity_factor is None and gate.scale_factor is None):
+        return table.for_step(body)
+    return table.for_dense_step()
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,12 +23,12 @@ from distributed.numbering import OrderNumbers
 from distributed.pixels import PixelPartition, Region
 from distributed.totals import StepTotals
 from distributed.transfer import sent_to
-from gaussian_renderer.gate import GateOfStep, gated
+from gaussian_renderer.gate import GateOfStep, gated, rows_for
 from gaussian_renderer.phases import PhaseTimer
 from gaussian_renderer.views import KERNEL_ATTRIBUTES, gaussians_of
 from masksplat.ops import Body
 from masksplat.types import AdamStep, Optimizer, PhotometricLoss, ProjectionSettings, Splats, Statistics, Views
-from scene.gaussians import GaussianTable
+from scene.gaussians import GaussianTable, StoredRows
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def draw_and_update(
     """
     body, phases = tools.body, tools.phases
     views = batch.views
-    gaussians = gated(gaussians_of(table.params), settings.projection, gate)
+    rows = rows_for(table, body, gate)
+    gaussians = gated(gaussians_of(rows.params, rows.lazy), settings.projection, gate)
     ids, bound = tools.ties if tools.ties is not None else (table.ids, None)
     with phases("project"):
         splats = gaussians.project(body, views, ids)
@@ -123,7 +124,7 @@ def draw_and_update(
             views,
             splats,
             d_rows,
-            optimizer=_optimizer(table, adam_steps),
+            optimizer=_optimizer(rows, adam_steps),
             statistics=Statistics(table.statistics["grad_norm_sum"], table.statistics["view_count"]),
             gradient_scale=settings.view_weight,
         )
@@ -175,9 +176,9 @@ def _compare(
     )
 
 
-def _optimizer(table: GaussianTable, adam_steps: Sequence[AdamStep]) -> Optimizer:
+def _optimizer(rows: StoredRows, adam_steps: Sequence[AdamStep]) -> Optimizer:
     return Optimizer(
-        tuple(table.exp_avg[name] for name in KERNEL_ATTRIBUTES),
-        tuple(table.exp_avg_sq[name] for name in KERNEL_ATTRIBUTES),
+        tuple(rows.exp_avg[name] for name in KERNEL_ATTRIBUTES),
+        tuple(rows.exp_avg_sq[name] for name in KERNEL_ATTRIBUTES),
         tuple(adam_steps),
     )

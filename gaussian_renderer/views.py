@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distributed.transfer import sent_to
+from masksplat.lazy import LazyRows
 from masksplat.types import Gaussians, Views
 from scene.cameras import Camera
 
@@ -25,9 +26,9 @@ def views_of(cameras: Sequence[Camera], like: Tensor) -> Views:
     return Views(viewmats, intrinsics, tuple((camera.width, camera.height) for camera in cameras))
 
 
-def gaussians_of(params: Mapping[str, Tensor]) -> Gaussians:
-    """The raw parameters of a table (no copy)."""
-    return Gaussians(**{name: params[name] for name in KERNEL_ATTRIBUTES})
+def gaussians_of(params: Mapping[str, Tensor], lazy: LazyRows | None = None) -> Gaussians:
+    """The raw parameters of a table (no copy); `lazy` knows which rows are behind, if any can be."""
+    return Gaussians(**{name: params[name] for name in KERNEL_ATTRIBUTES}, lazy=lazy)
 
 
 class CameraTable:

@@ -43,9 +43,9 @@ class GpuPeak:
 
 
 def bytes_per_gaussian(table: GaussianTable) -> int:
-    """Bytes of a row in everything that a table holds: parameters, both moments, statistics, id."""
+    """Bytes of a row in everything that a table holds: parameters, both moments, statistics, id, its last update."""
     groups = (table.params, table.exp_avg, table.exp_avg_sq, table.statistics, {"ids": table.ids})
-    return sum(
+    return table.lazy_bytes + sum(
         math.prod(values.shape[1:]) * values.element_size() for values in chain(*(group.values() for group in groups))
     )
 

@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from masksplat.lazy import LazyRows
+from masksplat.ops import Body
+from scene.attribute_tensors import LAZY_ATTRIBUTE, AttributeTensors, Backlog
 from scene.row_edit import RowEdit, TableEdit, ValueEdit
 
 MAX_SH_DEGREE = 3
@@ -75,6 +79,15 @@ def attributes_for(sh_degree: int) -> tuple[AttributeSpec, ...]:
 ATTRIBUTES = attributes_for(MAX_SH_DEGREE)
 
 
+class StoredRows(NamedTuple):
+    """A table's tensors as a training step takes them; rows of LAZY_ATTRIBUTE may be behind, as `lazy` knows."""
+
+    params: Mapping[str, Tensor]
+    exp_avg: Mapping[str, Tensor]
+    exp_avg_sq: Mapping[str, Tensor]
+    lazy: LazyRows | None
+
+
 @dataclass(eq=False)
 class GaussianTable:
     """This rank's rows of every attribute, and what the optimizer and the density control remember of them.
@@ -83,15 +96,23 @@ class GaussianTable:
     statistics: "grad_norm_sum" (sum over views of the norm of the NDC position gradient) and "view_count", each (N,);
     on all ranks or on none also OPTIONAL_STATISTICS.
     ids: (N,) int64 >= 0, unique over all ranks. num_updates: Adam updates completed so far, common to all attributes;
-    edits leave it alone, and the training step adds 1 after it has updated every attribute.
+    edits leave it alone, and the training step adds 1 after it has updated every attribute. A step may leave rows of
+    shN that it does not draw for later (`scene.attribute_tensors`): they are updated before anybody else sees them.
     """
 
-    params: dict[str, Tensor]
-    exp_avg: dict[str, Tensor]
-    exp_avg_sq: dict[str, Tensor]
+    params: MutableMapping[str, Tensor]
+    exp_avg: MutableMapping[str, Tensor]
+    exp_avg_sq: MutableMapping[str, Tensor]
     statistics: dict[str, Tensor]
     ids: Tensor
     num_updates: int = 0
+
+    def __post_init__(self) -> None:
+        """Guard the tensors whose updates may be behind."""
+        self._backlog = Backlog()
+        groups = (self.params, self.exp_avg, self.exp_avg_sq)
+        self._guarded = [AttributeTensors(tensors, self._backlog) for tensors in groups]
+        self.params, self.exp_avg, self.exp_avg_sq = self._guarded
 
     @classmethod
     def from_arrays(
@@ -135,7 +156,7 @@ class GaussianTable:
     def to(self, device: torch.device) -> GaussianTable:
         """The same rows on a device; what is there already is not copied."""
 
-        def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        def moved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: values.to(device) for name, values in tensors.items()}
 
         return GaussianTable(
@@ -146,6 +167,35 @@ class GaussianTable:
             ids=self.ids.to(device),
             num_updates=self.num_updates,
         )
+
+    def for_step(self, body: Body) -> StoredRows:
+        """The tensors as they lie in memory, for a step that draws with `body` and updates what it draws."""
+        params, exp_avg, exp_avg_sq = self._stored()
+        if self._backlog.rows is None:
+            name = LAZY_ATTRIBUTE
+            self._backlog.rows = body.lazy_rows(params[name], exp_avg[name], exp_avg_sq[name], self.num_updates)
+        return StoredRows(params, exp_avg, exp_avg_sq, self._backlog.rows)
+
+    def for_dense_step(self) -> StoredRows:
+        """The tensors for a step that updates every row itself."""
+        self._backlog.end(LAZY_ATTRIBUTE)
+        params, exp_avg, exp_avg_sq = self._stored()
+        return StoredRows(params, exp_avg, exp_avg_sq, None)
+
+    def _stored(self) -> list[Mapping[str, Tensor]]:
+        """Parameters and moments as they lie in memory."""
+        return [tensors.stored() for tensors in self._guarded]
+
+    @property
+    def lazy_bytes(self) -> int:
+        """Bytes of a row besides the table's tensors: which updates it has had, where rows can be behind."""
+        rows = self._backlog.rows
+        return rows.updates.element_size() if rows is not None else 0
+
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` updates, which changed nothing because a buffer of the body had been too small."""
+        self.num_updates -= count
+        self._backlog.rewind(count)
 
     def __len__(self) -> int:
         """The number of rows, N."""

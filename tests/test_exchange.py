@@ -18,7 +18,7 @@ from distributed.numbering import order_numbers
 from distributed.pixels import PixelPartition, Region, num_tile_rows
 from distributed.routes import select_rows
 from exchange_splats import possible_gradient, random_partition, random_splats
-from kernel_scenes import random_scene
+from kernel_scenes import parameters_of, random_scene
 from masksplat.ops import get_body
 from masksplat.types import Gaussians, ProjectionSettings, Splats, Views
 from rank_harness import run_ranks
@@ -240,7 +240,7 @@ def gradients_of(world: Communicator, partition: PixelPartition, dtype: torch.dt
     )
     if world.size > 3 and world.rank == 0:
         mine |= ids % 5 == 0  # shards of very different sizes
-    shard = Gaussians(*(values[mine] for values in vars(gaussians).values()))
+    shard = Gaussians(*(values[mine] for values in parameters_of(gaussians)))
     settings = ProjectionSettings(sh_degree=1)
     order = order_numbers(1000 * ids[mine] ** 5, world)
     splats = body.project(shard, views, settings, masks=masks[mine], ids=order.numbers)

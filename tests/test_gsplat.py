@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cuda_agreement import relative_error
-from kernel_scenes import random_scene, settings_for
+from kernel_scenes import parameters_of, random_scene, settings_for
 from masksplat.gsplat.body import GsplatBody
 from masksplat.ops import Body, get_body
 from masksplat.types import Gaussians, Views
@@ -24,9 +24,7 @@ def outcome(
     body: Body, gaussians: Gaussians, views: Views, masks: Tensor | None, rows: tuple[int, int], device: str
 ) -> dict[str, Tensor]:
     """Pixels of a strip of the second view, and the gradients of a loss on them."""
-    there = Gaussians(
-        **{field.name: getattr(gaussians, field.name).to(device) for field in dataclasses.fields(gaussians)}
-    )
+    there = Gaussians(*(tensor.to(device) for tensor in parameters_of(gaussians)))
     cameras = Views(views.viewmats.to(device), views.intrinsics.to(device), views.sizes)
     background = torch.tensor(BACKGROUND, device=device)
     splats = body.project(there, cameras, SETTINGS, masks=None if masks is None else masks.to(device))

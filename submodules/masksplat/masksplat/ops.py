@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from masksplat.lazy import LazyRows
 from masksplat.types import (
     AdamStep,
     Frame,
@@ -67,7 +68,8 @@ class Body(Protocol):
     ) -> Tensor:
         """`project_backward`, Adam and the densify statistics in one pass, in place; returns the mask gradient (N,).
 
-        `gradient_scale` multiplies the parameters' and masks' gradients, not the statistics.
+        `gradient_scale` multiplies the parameters' and masks' gradients, not the statistics. With `gaussians.lazy`,
+        rows of shN that are not drawn are left behind.
         """
 
     def rasterize(
@@ -120,6 +122,12 @@ class Body(Protocol):
 
     def adam(self, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamStep) -> None:
         """Update `param` and its moments in place, as torch.optim.Adam without weight decay."""
+
+    def lazy_rows(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, update: int) -> LazyRows | None:
+        """What makes the updates after number `update` of shN and its moments lazy, for `Gaussians.lazy`.
+
+        None where the body updates all rows in every step.
+        """
 
     def blend_scores(
         self, splats: Splats, view: int, size: tuple[int, int], *, rows: tuple[int, int] | None = None

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from masksplat.lazy import LazyRows
+
 ROW_COLUMNS = ("mean_x", "mean_y", "conic_a", "conic_b", "conic_c", "opacity", "r", "g", "b", "mask")
 """Column order of `Splats.rows` and of its gradient: pixels, 1/pixel^2, [0, 1], linear colour, [0, 1]."""
 
@@ -52,6 +54,8 @@ class Gaussians:
     opacities: Tensor  # (N,) logit
     sh0: Tensor  # (N, 3)
     shN: Tensor  # (N, K - 1, 3)
+    # shN's, of the body that made it: rows may be behind, and are caught up when they are drawn.
+    lazy: LazyRows | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return int(self.means.shape[0])

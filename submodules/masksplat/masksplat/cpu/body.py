@@ -22,6 +22,7 @@ from masksplat.cpu.scores import score_tiles, sum_scores
 from masksplat.cpu.threads import ThreadTeam
 from masksplat.cpu.tile import tile_constants
 from masksplat.cpu.update import update_rows
+from masksplat.lazy import LazyRows
 from masksplat.types import (
     NUM_ROW_COLUMNS,
     AdamStep,
@@ -246,6 +247,10 @@ class CpuBody:
         """See `Body.adam`."""
         arrays = [_array(tensor).reshape(-1) for tensor in (param, grad, exp_avg, exp_avg_sq)]
         self.team.run(adam_rows, self.num_tasks, *arrays, np.array(_adam_factors(step), arrays[0].dtype))
+
+    def lazy_rows(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, update: int) -> LazyRows | None:
+        """See `Body.lazy_rows`; every update is dense: replaying one takes as long as a pass through memory."""
+        return None
 
     def blend_scores(
         self, splats: Splats, view: int, size: tuple[int, int], *, rows: tuple[int, int] | None = None

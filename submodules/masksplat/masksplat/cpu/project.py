@@ -37,7 +37,7 @@ from masksplat.cpu.geometry import (
 )
 from masksplat.cpu.kernel import device, kernel
 from masksplat.cpu.lanes import COEFFICIENTS, column, fill_batch, maximum, read_rows
-from masksplat.cpu.simd import LANES, broadcast, square_root, store
+from masksplat.cpu.simd import LANES, any_positive, broadcast, select_gt, square_root, store
 from masksplat.cpu.spherical_harmonics import colour_of, write_basis
 from masksplat.types import ALPHA_MIN, NUM_ROW_COLUMNS, SLOT_NO_PIXEL, SLOT_UNSEEN, TILE
 
@@ -61,12 +61,9 @@ def project_rows(task, num_tasks, gaussian, flat_shN, masks, camera, size, flags
     start, stop = task * means.shape[0] // num_tasks, (task + 1) * means.shape[0] // num_tasks
     lanes, index = np.empty(NUM_VECTORS * LANES, means.dtype), np.empty(LANES, np.int64)
     candidates = np.empty(stop - start, np.int64)
-    num_candidates = 0
-    for i in range(start, stop):
-        slots[i] = SLOT_UNSEEN
-        if may_be_seen(means, gaussian[2], i, camera, size, flags[1], limits):
-            candidates[num_candidates] = i
-            num_candidates += 1
+    num_candidates = list_candidates(
+        gaussian, start, stop, camera, size, flags, limits, slots, lanes, index, candidates
+    )
     packed = start
     for first in range(0, num_candidates, LANES):
         count = min(LANES, num_candidates - first)
@@ -105,27 +102,54 @@ def colour_rows(gaussian, flat_shN, camera, flags, visible, num_visible, start, 
 
 
 @device
-def may_be_seen(means, scales, i, camera, size, activated, limits):
-    """False when Gaussian i is beyond the near or far plane, or certainly unseen by the rule of 3DGS: a cheap bound.
+def list_candidates(gaussian, start, stop, camera, size, flags, limits, slots, lanes, index, candidates):
+    """Write the rows from `start` to `stop` that may be seen to `candidates`; returns their number."""
+    num_candidates = 0
+    for first in range(start, stop, LANES):
+        count = min(LANES, stop - first)
+        for lane in range(LANES):
+            index[lane] = first + min(lane, count - 1)
+        is_any = write_may_be_seen(gaussian[0], gaussian[2], index, camera, size, flags[1], limits, lanes)
+        for lane in range(count):
+            slots[first + lane] = SLOT_UNSEEN
+            if is_any and lanes[lane] > 0:
+                candidates[num_candidates] = first + lane
+                num_candidates += 1
+    return num_candidates
 
-    The 2D covariance is at most (largest scale * |J|)^2 + eps2d, |J|^2 <= (fx^2 (1 + u^2) + fy^2 (1 + v^2)) / z^2.
+
+@device
+def write_may_be_seen(means, scales, index, camera, size, activated, limits, lanes):
+    """Set the first lanes to 0 where Gaussians are beyond near or far plane, or certainly unseen by the rule of 3DGS.
+
+    Returns False when all are. A cheap bound: the 2D covariance is at most (largest scale * |J|)^2 + eps2d,
+    |J|^2 <= (fx^2 (1 + u^2) + fy^2 (1 + v^2)) / z^2.
     """
-    x, y, z = means[i, 0], means[i, 1], means[i, 2]
-    depth = camera[6] * x + camera[7] * y + camera[8] * z + camera[11]
-    if not (depth > limits[0] and depth < limits[1]):
+    real = means.dtype.type
+    one, zero = broadcast(real(1)), broadcast(real(0))
+    x, y, z = camera_point(camera, world_turn(camera), mean_of(means, index))
+    seen = select_gt(z, broadcast(limits[0]), one, zero)
+    seen = select_gt(broadcast(limits[1]), z, seen, zero)
+    if not any_positive(seen):
         return False
-    inverse = limits.dtype.type(1) / depth
-    mean_x = camera[FX] * (camera[0] * x + camera[1] * y + camera[2] * z + camera[9]) * inverse + camera[CX]
-    mean_y = camera[FY] * (camera[3] * x + camera[4] * y + camera[5] * z + camera[10]) * inverse + camera[CY]
-    outside = max(-mean_x, mean_x - size[0] - TILE, -mean_y, mean_y - size[1] - TILE) - ROUNDING_PIXELS
-    if outside <= 0:
-        return True
-    largest = max(scales[i, 0], scales[i, 1], scales[i, 2])
-    spread = (largest if activated else math.exp(largest)) * inverse
-    u, v = max(-camera[X_LOW], camera[X_HIGH]), max(-camera[Y_LOW], camera[Y_HIGH])
-    jacobian = camera[FX] * camera[FX] * (1 + u * u) + camera[FY] * camera[FY] * (1 + v * v)
-    # lambda_max <= trace + 1/3, where 1/3 is the square root of 3DGS's 0.1 rounded up.
-    return outside * outside <= 9.0 * (spread * spread * jacobian + 2.0 * limits[2] + 0.34)
+    inverse = one / z
+    mean_x = broadcast(camera[FX]) * x * inverse + broadcast(camera[CX])
+    mean_y = broadcast(camera[FY]) * y * inverse + broadcast(camera[CY])
+    beyond_x = maximum(zero - mean_x, mean_x - broadcast(real(size[0] + TILE)))
+    beyond_y = maximum(zero - mean_y, mean_y - broadcast(real(size[1] + TILE)))
+    outside = maximum(beyond_x, beyond_y) - broadcast(real(ROUNDING_PIXELS))
+    if any_positive(seen * outside):
+        scale = activated_scale(scales, index, activated)
+        spread = maximum(scale[0], maximum(scale[1], scale[2])) * inverse
+        u, v = max(-camera[X_LOW], camera[X_HIGH]), max(-camera[Y_LOW], camera[Y_HIGH])
+        jacobian = camera[FX] * camera[FX] * (1 + u * u) + camera[FY] * camera[FY] * (1 + v * v)
+        # lambda_max <= trace + 1/3, where 1/3 is the square root of 3DGS's 0.1 rounded up. 9 is 3 sigma squared, and a
+        # thousandth of it far more than what rounds here.
+        bound = spread * spread * broadcast(real(jacobian)) + broadcast(real(2.0 * limits[2] + 0.34))
+        unseen = select_gt(outside * outside, broadcast(real(9.009)) * bound, zero, seen)
+        seen = select_gt(outside, zero, unseen, seen)
+    store(lanes, 0, seen)
+    return True
 
 
 @device

@@ -13,8 +13,12 @@ from masksplat.cpu.project_backward import backward_scratch, chunk_backward
 from masksplat.cpu.simd import LANES
 from masksplat.types import SLOT_UNSEEN
 
-ROWS_PER_CHUNK = 64
-"""Rows whose gradients are gathered before Adam runs over them: long enough vectors, short enough for the L1 cache."""
+ROWS_PER_CHUNK = 1024
+"""Rows whose gradients are gathered before Adam runs over them.
+
+They fit the L2 cache (242 kB in float32). Fewer rows are shorter stretches of each of the 18 arrays than memory is read
+well in: with 64, a dense update takes 1.4 times as long.
+"""
 
 NUM_ATTRIBUTES = 6
 """means, quats, scales, opacities, sh0, shN: the order of every tuple here."""
@@ -74,8 +78,14 @@ def clear_rows(first, count, slots, widths, gradients):
             is_used = is_used or slots[view, first + k] >= 0
         if is_used:
             for q in range(NUM_ATTRIBUTES + 1):
-                for c in range(k * widths[q], (k + 1) * widths[q]):
-                    gradients[q][c] = 0
+                clear(gradients[q], k * widths[q], (k + 1) * widths[q])
+
+
+@device
+def clear(values, start, stop):
+    """Zero a range of an array."""
+    for c in range(start, stop):
+        values[c] = 0
 
 
 @device

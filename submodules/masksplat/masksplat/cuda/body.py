@@ -15,12 +15,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from masksplat.cuda import lazy_adam, projection
 from masksplat.cuda import photometric as loss
-from masksplat.cuda import projection
 from masksplat.cuda.capacity import Capacity
 from masksplat.cuda.devices import launcher_of
 from masksplat.cuda.launcher import Launcher
 from masksplat.cuda.rasterization import Rasterizer
+from masksplat.lazy import LazyRows
 from masksplat.types import (
     AdamStep,
     Frame,
@@ -33,6 +34,9 @@ from masksplat.types import (
     Statistics,
     Views,
 )
+
+LAZY_FROM: int | None = None
+"""Gaussians from which on shN is updated lazily; None: never, until bench/cuda_lazy.py has said where it pays."""
 
 
 class CudaBody:
@@ -54,6 +58,7 @@ class CudaBody:
         self.launcher = launcher_of(device) if launcher is None else launcher
         self.capacity = Capacity(self.launcher.device) if capacity is None else capacity
         self.rasterizer = Rasterizer(self.launcher, self.capacity)
+        self.lazy_from = LAZY_FROM
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +113,7 @@ class CudaBody:
         Raises:
             ValueError: tensors that are not float32, or too few SH coefficients for the degree.
         """
-        return projection.project(self.launcher, gaussians, views, settings, masks=masks, ids=ids)
+        return projection.project(self.launcher, gaussians, views, settings, masks=masks, ids=ids, status=self.status)
 
     def project_backward(
         self, gaussians: Gaussians, views: Views, settings: ProjectionSettings, splats: Splats, d_rows: Tensor
@@ -192,6 +197,21 @@ class CudaBody:
             ValueError: tensors that cannot be updated in place.
         """
         projection.adam(self.launcher, param, grad, exp_avg, exp_avg_sq, step, status=self.status)
+
+    def lazy_rows(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, update: int) -> LazyRows | None:
+        """See `Body.lazy_rows`; tables of less than `lazy_from` rows are updated densely.
+
+        Raises:
+            ValueError: tensors that are not float32, contiguous and aligned to 16 bytes.
+        """
+        if self.lazy_from is None or len(param) < self.lazy_from or param.numel() == 0:
+            return None
+        projection.check_in_place("a lazily updated attribute", param, exp_avg, exp_avg_sq)
+        return LazyRows(param, exp_avg, exp_avg_sq, self._catch_up, update)
+
+    def _catch_up(self, lazy: LazyRows) -> None:
+        """Bring all rows up to the last update, unless an overflow is noted."""
+        lazy_adam.catch_up(self.launcher, lazy, self.status)
 
     def blend_scores(
         self, splats: Splats, view: int, size: tuple[int, int], *, rows: tuple[int, int] | None = None

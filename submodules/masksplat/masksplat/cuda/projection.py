@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from masksplat.cpu.body import pack_cameras
+from masksplat.cuda import lazy_adam
 from masksplat.cuda.launcher import Argument, Launcher
 from masksplat.types import (
     NUM_ROW_COLUMNS,
@@ -61,8 +62,12 @@ def project(
     *,
     masks: Tensor | None = None,
     ids: Tensor | None = None,
+    status: Tensor | None = None,
 ) -> Splats:
     """Splats of every view, view b in the rows from b * N on, `Splats.counts[b]` of them; see `Body.project`.
+
+    Args:
+        status: the body's status words; when an overflow is noted there, no row is caught up and colours are undefined.
 
     Raises:
         ValueError: tensors of another type than float32, or too few SH coefficients for the degree.
@@ -87,14 +92,19 @@ def project(
     )
     stride = 3 * gaussians.shN.shape[1]
     uses_harmonics = settings.sh_degree is not None and settings.sh_degree > 0
+    lazy = gaussians.lazy if uses_harmonics else None
+    kernel_degree = settings.sh_degree if lazy is None else 0  # rows that are behind are coloured afterwards
+    uses_harmonics = uses_harmonics and lazy is None
     shared_floats = max(stride if uses_harmonics else 0, NUM_ROW_COLUMNS)  # of each thread: coefficients, then its row
     launcher(
-        f"project.project_{KERNEL_SUFFIXES[settings.sh_degree]}", _project_blocks(num_gaussians), PROJECT_BLOCK,
+        f"project.project_{KERNEL_SUFFIXES[kernel_degree]}", _project_blocks(num_gaussians), PROJECT_BLOCK,
         *table, masks, ids, cameras, np.int32(num_gaussians), np.int32(num_views),
         np.int32(stride), np.float32(settings.near_plane), np.float32(settings.far_plane), *_flags(settings),
         splats.rows, splats.depths, splats.ids, splats.gaussians, splats.boxes, splats.slots, counts,
         shared_bytes=4 * PROJECT_BLOCK * shared_floats,
     )  # fmt: skip
+    if lazy is not None:
+        lazy_adam.colour(launcher, lazy, gaussians, settings, cameras, splats, status)
     return splats
 
 
@@ -139,17 +149,19 @@ def project_backward_update(
         ValueError: as `project`, and for parameters that could not be updated in place.
     """
     table = _checked_table(gaussians, settings, is_updated=True)
-    for moment in (*optimizer.exp_avg, *optimizer.exp_avg_sq):
-        _check_in_place("a moment", moment)
+    check_in_place("a moment", *optimizer.exp_avg, *optimizer.exp_avg_sq)
     _check_dtype("grad_norm_sum", statistics.grad_norm_sum, torch.float32)
     _check_dtype("view_count", statistics.view_count, torch.float32)
     d_masks = torch.empty_like(table[3])
+    update = optimizer.steps[5].update
+    if gaussians.lazy is not None:
+        gaussians.lazy.begin(update)
     factors = np.array([(*adam_factors(step), gradient_scale, step.drift) for step in optimizer.steps], np.float32)
     launcher(
         f"project_backward.update_{KERNEL_SUFFIXES[settings.sh_degree]}", *_backward_extents(gaussians),
         *table, *optimizer.exp_avg, *optimizer.exp_avg_sq, upload(launcher, factors),
         *_backward_inputs(launcher, gaussians, views, settings, splats, d_rows),
-        statistics.grad_norm_sum, statistics.view_count, d_masks, status,
+        statistics.grad_norm_sum, statistics.view_count, d_masks, status, *lazy_adam.of_update(gaussians.lazy, update),
         shared_bytes=_backward_shared_bytes(gaussians, views),
     )  # fmt: skip
     return d_masks
@@ -171,8 +183,7 @@ def adam(
         ValueError: tensors that are not float32, contiguous and aligned to 16 bytes.
     """
     tensors = (param, grad.contiguous(), exp_avg, exp_avg_sq)
-    for tensor in tensors:
-        _check_in_place("Adam", tensor)
+    check_in_place("Adam", *tensors)
     num_words = -(-param.numel() // 4)
     factors = (np.float32(value) for value in adam_factors(step))
     launcher(
@@ -292,7 +303,7 @@ def _checked_table(
     }  # fmt: skip
     if is_updated:
         for name, tensor in named.items():
-            _check_in_place(name, tensor)
+            check_in_place(name, tensor)
         return tuple(named.values())
     return tuple(_readable(name, tensor) for name, tensor in named.items())
 
@@ -309,10 +320,12 @@ def _readable(name: str, tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
-def _check_in_place(name: str, tensor: Tensor) -> None:
-    if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
-        raise ValueError(
-            f"{name} is updated in place and must be float32, contiguous and begin at a multiple of {ALIGNMENT} bytes; "
-            f"found {tensor.dtype}, strides {tensor.stride()}, address modulo {ALIGNMENT} = "
-            f"{tensor.data_ptr() % ALIGNMENT}."
-        )
+def check_in_place(name: str, *tensors: Tensor) -> None:
+    """Raises: ValueError for tensors that the kernels could not update in place."""
+    for tensor in tensors:
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
+            raise ValueError(
+                f"{name} is updated in place and must be float32, contiguous and begin at a multiple of {ALIGNMENT} "
+                f"bytes; found {tensor.dtype}, strides {tensor.stride()}, address modulo {ALIGNMENT} = "
+                f"{tensor.data_ptr() % ALIGNMENT}."
+            )

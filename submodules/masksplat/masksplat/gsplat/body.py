@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from masksplat.gsplat.projection import ProjectionState, backward_through_gsplat, project_with_gsplat
+from masksplat.lazy import LazyRows
 from masksplat.ops import Body
 from masksplat.statistics import add_statistics
 from masksplat.types import (
@@ -201,6 +202,10 @@ class GsplatBody:
     def adam(self, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamStep) -> None:
         """See `Body.adam`; masksplat's."""
         self.own.adam(param, grad, exp_avg, exp_avg_sq, step)
+
+    def lazy_rows(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, update: int) -> LazyRows | None:
+        """See `Body.lazy_rows`; every update is dense."""
+        return None
 
     def blend_scores(
         self, splats: Splats, view: int, size: tuple[int, int], *, rows: tuple[int, int] | None = None

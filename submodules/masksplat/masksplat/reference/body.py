@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from masksplat.lazy import LazyRows
 from masksplat.reference import adam as adam_module
 from masksplat.reference import photometric as photometric_module
 from masksplat.reference.compositing import (
@@ -194,6 +195,10 @@ class ReferenceBody:
         adam_module.adam(param, grad, exp_avg, exp_avg_sq, step)
 
     @torch.no_grad()
+    def lazy_rows(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, update: int) -> LazyRows | None:
+        """See `Body.lazy_rows`; every update is dense."""
+        return None
+
     def blend_scores(
         self, splats: Splats, view: int, size: tuple[int, int], *, rows: tuple[int, int] | None = None
     ) -> tuple[Tensor, Tensor]:

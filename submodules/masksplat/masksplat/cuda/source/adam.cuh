@@ -15,16 +15,30 @@ struct AdamFactors {
 };
 
 constexpr int ADAM_FACTORS = 7;
+constexpr int LAZY_CAPACITY = 128;  // updates that can be replayed: CAPACITY in masksplat/lazy.py
+
+// What an update does to the parameter, once its moments are new. Contraction is written out: every kernel that makes or
+// replays an update rounds alike.
+__device__ __forceinline__ void adam_move(float& param, float first, float second, const AdamFactors& f) {
+    // Approximate to a few ulp of the update, far below what the parameter can hold; rounding as IEEE 754 says takes
+    // three times the instructions. A second moment that is denormal counts as 0: its root is far below any eps.
+    const float inverse = reciprocal_approximate(__fmaf_rn(root_approximate(second), f.root, f.eps));
+    param = __fmaf_rn(-__fmul_rn(f.rate, first), inverse, param) - f.drift;
+}
 
 __device__ __forceinline__ void adam_value(float& param, float& first, float& second, float gradient,
                                            const AdamFactors& f) {
     const float g = gradient * f.scale;
-    first = f.beta1 * first + (1.0f - f.beta1) * g;
-    second = f.beta2 * second + (1.0f - f.beta2) * g * g;
-    // Approximate to a few ulp of the update, far below what the parameter can hold; rounding as IEEE 754 says takes
-    // three times the instructions. A second moment that is denormal counts as 0: its root is far below any eps.
-    param -= f.rate * first * reciprocal_approximate(root_approximate(second) * f.root + f.eps);
-    param -= f.drift;
+    first = __fmaf_rn(f.beta1, first, __fmul_rn(1.0f - f.beta1, g));
+    second = __fmaf_rn(f.beta2, second, __fmul_rn(__fmul_rn(1.0f - f.beta2, g), g));
+    adam_move(param, first, second, f);
+}
+
+// The same where the gradient is 0.
+__device__ __forceinline__ void adam_without_gradient(float& param, float& first, float& second, const AdamFactors& f) {
+    first = __fmaf_rn(f.beta1, first, 0.0f);
+    second = __fmaf_rn(f.beta2, second, 0.0f);
+    adam_move(param, first, second, f);
 }
 
 __device__ __forceinline__ void adam_word(float4& param, float4& first, float4& second, float4 gradient,

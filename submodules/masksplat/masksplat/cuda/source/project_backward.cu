@@ -47,6 +47,19 @@ __device__ __forceinline__ void store_small(float* small, int local, const Gradi
 // A word of 16 bytes of an attribute and its moments.
 struct AdamWord {
     float4 param, first, second;
+
+    __device__ __forceinline__ void keep_x(const AdamWord& before) {
+        param.x = before.param.x, first.x = before.first.x, second.x = before.second.x;
+    }
+    __device__ __forceinline__ void keep_y(const AdamWord& before) {
+        param.y = before.param.y, first.y = before.first.y, second.y = before.second.y;
+    }
+    __device__ __forceinline__ void keep_z(const AdamWord& before) {
+        param.z = before.param.z, first.z = before.first.z, second.z = before.second.z;
+    }
+    __device__ __forceinline__ void keep_w(const AdamWord& before) {
+        param.w = before.param.w, first.w = before.first.w, second.w = before.second.w;
+    }
 };
 
 template <bool UPDATES>
@@ -118,6 +131,53 @@ __device__ __forceinline__ void finish_span(const Attribute& attribute, long lon
         }
     }
     finish_rest<UPDATES>(attribute, start, count, gradients, factors);
+}
+
+// Whether a row of the block has gradients, by the warps' ballots.
+__device__ __forceinline__ bool is_row_active(const unsigned* ballots, int row) {
+    return (ballots[row / WARP] >> (row % WARP) & 1u) != 0;
+}
+
+// Stage 4 for the rows with gradients alone, of `num_rows` rows of `stride` floats: the others stay behind
+// (masksplat/lazy.py). A word may lie on two rows. All threads of the block.
+__device__ __forceinline__ void finish_active(const Attribute& attribute, long long start, int num_rows, int stride,
+                                              const unsigned* ballots, const float* gradients,
+                                              const float* __restrict__ packed_factors) {
+    const AdamFactors factors = load_factors<true>(packed_factors);
+    const int count = num_rows * stride, num_words = count / 4;
+    for (int base = threadIdx.x; base < num_words; base += WORDS_AT_ONCE * BLOCK) {
+        AdamWord loaded[WORDS_AT_ONCE];
+        bool has_first[WORDS_AT_ONCE], has_last[WORDS_AT_ONCE];  // whether the rows of its ends are active
+#pragma unroll
+        for (int k = 0; k < WORDS_AT_ONCE; ++k) {
+            const int word = base + k * BLOCK;
+            has_first[k] = word < num_words && is_row_active(ballots, 4 * word / stride);
+            has_last[k] = word < num_words && is_row_active(ballots, (4 * word + 3) / stride);
+            if (has_first[k] || has_last[k]) load_word<true>(attribute, start / 4 + word, loaded[k]);
+        }
+#pragma unroll
+        for (int k = 0; k < WORDS_AT_ONCE; ++k) {
+            if (!has_first[k] && !has_last[k]) continue;
+            const int word = base + k * BLOCK;
+            const AdamWord before = loaded[k];
+            AdamWord& after = loaded[k];
+            adam_word(after.param, after.first, after.second, gradient_word(gradients, word), factors);
+            const int own = stride - 4 * word % stride;  // floats until the next row
+            if (!(own > 1 ? has_first[k] : has_last[k])) after.keep_y(before);
+            if (!(own > 2 ? has_first[k] : has_last[k])) after.keep_z(before);
+            if (!has_first[k]) after.keep_x(before);
+            if (!has_last[k]) after.keep_w(before);
+            reinterpret_cast<float4*>(attribute.param)[start / 4 + word] = after.param;
+            reinterpret_cast<float4*>(attribute.first)[start / 4 + word] = after.first;
+            reinterpret_cast<float4*>(attribute.second)[start / 4 + word] = after.second;
+        }
+    }
+#pragma unroll 1  // the last rows of all at most
+    for (int k = 4 * num_words + threadIdx.x; k < count; k += BLOCK) {
+        if (!is_row_active(ballots, k / stride)) continue;
+        adam_value(attribute.param[start + k], attribute.first[start + k], attribute.second[start + k], gradients[k],
+                   factors);
+    }
 }
 
 // Floats of a row of the `which`-th attribute but shN, and where its gradients begin in shared memory.
@@ -220,11 +280,19 @@ struct Statistics {
     float *norm_sum, *view_count;  // (N), null where no update is made
 };
 
+// What makes updates of shN lazy: the last update of each row (N), null where updates are dense; the factors of the last
+// updates (LAZY_CAPACITY, ADAM_FACTORS), which get this one's; and its number.
+struct Laziness {
+    int* updates;
+    float* ring;
+    int update;
+};
+
 // Stages 1 to 4. `table` holds the parameters and, for an update, their moments; `outputs` is what stage 4 writes.
 template <int DEGREE, bool UPDATES>
 __device__ __forceinline__ void backward(const Attributes& table, const Attributes& outputs, const Inputs& inputs,
                                          const float* __restrict__ factors, const Statistics& statistics,
-                                         float* __restrict__ d_masks) {
+                                         const Laziness& lazy, float* __restrict__ d_masks) {
     constexpr int USED = 3 * higher_bases(DEGREE);
     extern __shared__ float4 shared_words[];
     const int local = threadIdx.x, stride = inputs.stride, num_views = inputs.num_views;
@@ -246,6 +314,8 @@ __device__ __forceinline__ void backward(const Attributes& table, const Attribut
         }
     }
     const unsigned ballot = __ballot_sync(ALL_LANES, is_active);
+    __shared__ unsigned ballots[BLOCK / WARP];
+    if (local % WARP == 0) ballots[local / WARP] = ballot;
     const bool has_gradients = __syncthreads_or(is_active) != 0;
 
     if (has_gradients) {
@@ -273,8 +343,19 @@ __device__ __forceinline__ void backward(const Attributes& table, const Attribut
     const float* given = has_gradients ? small : nullptr;
     finish_small<UPDATES>({outputs.means, outputs.quats, outputs.scales, outputs.opacities, outputs.sh0}, first, num_rows,
                           given, factors);
-    finish_span<UPDATES>(outputs.shN, first * stride, num_rows * stride, given ? d_coefficients : nullptr,
-                         factors + 5 * ADAM_FACTORS);
+    if (!UPDATES || lazy.updates == nullptr) {
+        finish_span<UPDATES>(outputs.shN, first * stride, num_rows * stride, given ? d_coefficients : nullptr,
+                             factors + 5 * ADAM_FACTORS);
+        return;
+    }
+    if (blockIdx.x == 0 && local < ADAM_FACTORS) {
+        lazy.ring[lazy.update % LAZY_CAPACITY * ADAM_FACTORS + local] = factors[5 * ADAM_FACTORS + local];
+    }
+    if constexpr (USED > 0) {  // without harmonics nobody has brought the rows up to date, and they have no gradients
+        if (!has_gradients) return;
+        finish_active(outputs.shN, first * stride, num_rows, stride, ballots, d_coefficients, factors + 5 * ADAM_FACTORS);
+        if (is_active) lazy.updates[i] = lazy.update;
+    }
 }
 
 // In the names below, `w` is the first and `v` the second moment. factors: six AdamFactors, in the attributes' order.
@@ -285,7 +366,7 @@ __device__ __forceinline__ void backward(const Attributes& table, const Attribut
              float* v_quats, float* v_scales, float* v_opacities, float* v_sh0, float* v_shN, const float* factors,   \
              const float* cameras, const int* slots, const float* d_rows, int num_gaussians, int num_views,           \
              int stride, float eps2d, int is_final, int is_antialiased, float* norm_sum, float* view_count,           \
-             float* d_masks, const int* status) {                                                                     \
+             float* d_masks, const int* status, int* updates, float* ring, int update) {                              \
         if (is_stopped(status)) return;                                                                               \
         const Attributes table = {{means, w_means, v_means},                                                          \
                                   {quats, w_quats, v_quats},                                                          \
@@ -296,7 +377,8 @@ __device__ __forceinline__ void backward(const Attributes& table, const Attribut
         const Settings settings = {eps2d, is_final != 0, is_antialiased != 0};                                        \
         const Camera* views = reinterpret_cast<const Camera*>(cameras);                                               \
         const Inputs inputs = {views, slots, d_rows, num_gaussians, num_views, stride, settings};                     \
-        backward<DEGREE, true>(table, table, inputs, factors, {norm_sum, view_count}, d_masks);                       \
+        backward<DEGREE, true>(table, table, inputs, factors,                                                         \
+                                {norm_sum, view_count}, {updates, ring, update}, d_masks);                            \
     }
 
 #define GRADIENTS_KERNEL(NAME, DEGREE)                                                                                \
@@ -310,7 +392,8 @@ __device__ __forceinline__ void backward(const Attributes& table, const Attribut
         const Settings settings = {eps2d, is_final != 0, is_antialiased != 0};                                        \
         const Camera* views = reinterpret_cast<const Camera*>(cameras);                                               \
         const Inputs inputs = {views, slots, d_rows, num_gaussians, num_views, stride, settings};                     \
-        backward<DEGREE, false>(table, gradients, inputs, nullptr, {nullptr, nullptr}, d_masks);                      \
+        backward<DEGREE, false>(table, gradients, inputs, nullptr,                                                    \
+                                {nullptr, nullptr}, {nullptr, nullptr, 0}, d_masks);                                  \
     }
 
 UPDATE_KERNEL(update_colours, NO_HARMONICS)

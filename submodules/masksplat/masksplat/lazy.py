@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adam updates that rows without a gradient have not had yet, and that they are given when somebody looks at them.
+
+Dense Adam moves rows without a gradient, too, and streams all of them through memory in every step to do so. A lazy
+update leaves them alone until they are seen, and then replays what they missed, update by update with that update's
+numbers, in the roundings of the dense kernel: it ends at the same bits.
+
+Letters: N Gaussians, F updates that can be replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+CAPACITY = 128
+"""F: after so many updates all rows are caught up. A pass over all rows costs as much as a dense update."""
+
+FACTORS = 7
+"""Numbers of an update in `LazyRows.ring`, in the order of the body's Adam kernels."""
+
+
+@dataclass(eq=False)
+class LazyRows:
+    """The rows of one attribute with their moments, and which updates each of them has had.
+
+    param, exp_avg, exp_avg_sq: (N, ...), contiguous. catch_up: the body's pass that brings all rows up to `latest`;
+    while the body's status words note an overflow it changes nothing. latest: the last update that was begun.
+    updates: (N,) int32, the last update that each row has had. ring: (F, FACTORS), numbers of update u in row u % F.
+    """
+
+    param: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    catch_up: Callable[[LazyRows], None]
+    latest: int
+    updates: Tensor = field(init=False)
+    ring: Tensor = field(init=False)
+    _settled: list[int] = field(init=False)  # updates after which all rows were caught up, oldest first
+
+    def __post_init__(self) -> None:
+        """All rows have had the updates up to `latest`."""
+        device = self.param.device
+        self.updates = torch.full((len(self.param),), self.latest, dtype=torch.int32, device=device)
+        self.ring = torch.zeros((CAPACITY, FACTORS), dtype=self.param.dtype, device=device)
+        self._settled = [self.latest]
+
+    def begin(self, update: int) -> None:
+        """Update number `update` is about to be made: of the rows that are seen now, of the others later.
+
+        Raises: ValueError when it does not follow the last one.
+        """
+        if update != self.latest + 1:
+            raise ValueError(f"update {update} cannot follow update {self.latest}: rows that are behind would miss one")
+        if update - self._settled[-1] > CAPACITY:
+            self.settle()  # the ring is about to lose the oldest update
+        self.latest = update
+
+    def settle(self) -> None:
+        """Bring all rows up to the last update."""
+        if self._settled[-1] == self.latest:
+            return
+        self.catch_up(self)
+        while len(self._settled) > 1 and self._settled[1] < self.latest - CAPACITY // 2:
+            del self._settled[0]
+        self._settled.append(self.latest)
+
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` updates, which changed nothing because a buffer had been too small.
+
+        What was caught up since may have changed nothing, either, and is caught up again.
+        """
+        self.latest -= count
+        while len(self._settled) > 1 and self._settled[-1] >= self.latest:
+            del self._settled[-1]
