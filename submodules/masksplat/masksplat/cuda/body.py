@@ -36,8 +36,8 @@ from masksplat.types import (
 )
 
 LAZY_FROM: int | None = 3_000_000
-"""Gaussians from which on shN is updated lazily (None: never). By `bench/cuda_lazy.py` that loses next to nothing there,
-and gains where a step draws a small part of them."""
+"""Gaussians from which on shN is updated lazily (None: never). By `bench/cuda_lazy.py` that loses next to nothing, and
+gains where a step draws a small part of them."""
 
 
 class CudaBody:
