@@ -122,8 +122,8 @@ class OptimizationConfig:
     opacity_lr: float = flag(0.05, source="3DGS", minimum=0.0)
     """Learning rate of the opacity logits."""
     opacity_decay: float = flag(0.05, minimum=0.0)
-    """How far each opacity logit falls in a pass over the training views, whatever its gradient; follows the learning
-    rate. What no view holds up goes: better test views, fewer Gaussians. 0: as 3DGS."""
+    """How far each opacity logit falls in a pass over the training views (at least 40 images), whatever its gradient;
+    follows the learning rate. What no view holds up goes: better test views, fewer Gaussians. 0: as 3DGS."""
     scaling_lr: float = flag(0.005, source="3DGS", minimum=0.0)
     """Learning rate of the log scales."""
     rotation_lr: float = flag(0.001, source="3DGS", minimum=0.0)

@@ -44,6 +44,10 @@ from strategies.schedule import Window
 SH_DEGREE_INTERVAL = 1000
 """Images after which one more degree of spherical harmonics is used (3DGS)."""
 
+SHORTEST_PASS = 40
+"""Images that a pass over the training views counts at least for the decay of opacities, which was measured with 43
+views and more: with three views an image could not hold against a decay by the number of views alone."""
+
 DROP_STREAM_STEP = 0
 
 
@@ -204,7 +208,8 @@ class Training:
     def _opacity_drift_of_rate(self) -> float:
         """What opacity logits fall by in a step, as a share of their learning rate: --opacity_decay in a pass."""
         optimization, rate = self.config.optimization, self.config.optimization.opacity_lr
-        return optimization.opacity_decay / (rate * len(self.scene.train)) if rate > 0 else 0.0
+        images = max(len(self.scene.train), SHORTEST_PASS)
+        return optimization.opacity_decay / (rate * images) if rate > 0 else 0.0
 
 
 def build_training(

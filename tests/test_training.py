@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from gaussian_renderer.rendering import render_rgb
 from launch.cli import parse_train
 from launch.evaluation import evaluate
 from launch.start import Start
-from launch.training import Training, build_training
+from launch.training import SHORTEST_PASS, Training, build_training
 from masksplat.ops import get_body
 from scene.errors import InputError
 from scene.model_folder import ModelFolder
@@ -170,9 +171,9 @@ def test_opacities_decay_by_the_flag_in_a_pass_and_rates_fall_at_the_end(any_sce
     plain = built(any_scene, tmp_path / "a", "--opacity_decay", "0", "--anneal_share", "0")
     flags = ("--opacity_decay", "0.5", "--anneal_share", "0.5", "--anneal_to", "0.01")
     training = built(any_scene, tmp_path / "b", *flags)
-    num_views, opacities = len(training.scene.train), 3
+    opacities, num_images = 3, max(len(training.scene.train), SHORTEST_PASS)
     first, last = training.adam_steps(training.window(0)), training.adam_steps(training.window(59))
-    assert first[opacities].drift * num_views == pytest.approx(0.5, rel=1e-12)
+    assert first[opacities].drift * num_images == pytest.approx(0.5, rel=1e-12)
     assert last[opacities].drift == pytest.approx(first[opacities].drift / 100, rel=1e-12)
     assert [step.drift for number, step in enumerate(first) if number != opacities] == [0.0] * 5
     constant = plain.adam_steps(plain.window(59))
@@ -187,3 +188,12 @@ def test_the_decay_follows_the_rate_of_a_batch(any_scene: Path, tmp_path: Path) 
         for size in (1, 4)
     ]
     assert drifts[1] == pytest.approx(2 * drifts[0], rel=1e-12) and drifts[0] > 0
+
+
+def test_a_pass_over_many_views_is_longer(any_scene: Path, tmp_path: Path) -> None:
+    training = built(any_scene, tmp_path / "m")
+    few = training.adam_steps(training.window(0))[3].drift
+    views = training.scene.train * (1 + 2 * SHORTEST_PASS // len(training.scene.train))
+    many = replace(training, scene=replace(training.scene, train=views))
+    ratio = max(len(training.scene.train), SHORTEST_PASS) / len(views)
+    assert many.adam_steps(many.window(0))[3].drift == pytest.approx(ratio * few, rel=1e-12)
