@@ -139,10 +139,6 @@ class MaskPruning:
         logits = table.params["mask_logits"]
         return ~spare_best(logits < 0, logits, table.ids, self._ranks)
 
-    def expected_count(self, table: GaussianTable) -> float:
-        """The expected number of drawn Gaussians of all ranks, the sum of p."""
-        return float(self._ranks.sum(torch.sigmoid(table.params["mask_logits"].double()).sum()))
-
     def _num_all(self, table: GaussianTable) -> int:
         """Gaussians of all ranks; asked for again only when the rows are others than before. All ranks."""
         if self._counted is not table.ids:
