@@ -59,6 +59,9 @@ def window_values(given: Mapping[str, Any]) -> dict[str, Any]:
 def scaled_schedules(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """With --scale_schedules: every schedule that is not given times iterations / 30000, at least 1 (or 0 if it was).
 
+    The weight of the masks' loss is divided by that: a smaller pull for as long moves a logit as far as a larger one
+    for a shorter time (docs/log.md, 17).
+
     Args: values: those given and those of a preset; given: those of the command line.
     """
     if not values.get("scale_schedules"):
@@ -71,6 +74,8 @@ def scaled_schedules(values: Mapping[str, Any], given: Mapping[str, Any]) -> dic
             scaled[name] = (
                 tuple(_scaled(x, factor) for x in usual) if isinstance(usual, tuple) else _scaled(usual, factor)
             )
+    if values.get("prune_method", "mask") == "mask" and "lambda_mask" not in given:
+        scaled["lambda_mask"] = values.get("lambda_mask", MaskFlags.lambda_mask) / factor
     return scaled
 
 

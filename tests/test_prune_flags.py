@@ -98,6 +98,16 @@ def test_schedules_follow_the_length_when_asked() -> None:
     assert parsed("--iterations 3000").density.densify_until_iter == 15_000
 
 
+def test_masks_are_pulled_harder_in_a_shorter_schedule() -> None:
+    for setting, usual in (("beta", 5e-4), ("gamma", 1e-3)):
+        short = parsed(f"--iterations 7500 --scale_schedules --setting {setting}")
+        assert short.mask.lambda_mask == pytest.approx(4 * usual, rel=1e-12)
+    assert parsed("--iterations 7500 --scale_schedules --lambda_mask 0.002").mask.lambda_mask == 0.002
+    assert parsed("--iterations 7500 --setting gamma").mask.lambda_mask == 1e-3
+    learned = parsed("--prune_method rad_splat --use_importance_mask --iterations 7500 --scale_schedules")
+    assert learned.mask.lambda_mask == 0.02  # its window is as strong as it is short already
+
+
 def test_the_weight_of_a_window_has_a_value_of_its_own() -> None:
     window = "--prune_method rad_splat --use_importance_mask"
     assert parsed(window).mask.lambda_mask == parsed("--prune_method compact_3dgs --mask_est gumbel").mask.lambda_mask
