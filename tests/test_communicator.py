@@ -122,6 +122,7 @@ def test_the_first_rank_that_differs_is_named() -> None:
 
 
 def die(world: Communicator) -> None:
+    world.barrier()  # everybody has joined: who dies while others still connect leaves them to gloo's own time limit
     if world.rank == 1:
         os._exit(3)
     world.barrier()
