@@ -167,10 +167,12 @@ def test_the_report_follows_a_training(any_scene: Path, tmp_path: Path) -> None:
     assert results["SSIM"] == pytest.approx(logged["ssim"], abs=1e-6)
 
 
-def test_opacities_decay_by_the_flag_in_a_pass_and_rates_fall_at_the_end(any_scene: Path, tmp_path: Path) -> None:
-    plain = built(any_scene, tmp_path / "a", "--opacity_decay", "0", "--anneal_share", "0")
+def test_opacities_decay_by_the_flag_in_a_pass_and_rates_fall_at_the_end(
+    generated_scene: Path, tmp_path: Path
+) -> None:
+    plain = built(generated_scene, tmp_path / "a", "--opacity_decay", "0", "--anneal_share", "0")
     flags = ("--opacity_decay", "0.5", "--anneal_share", "0.5", "--anneal_to", "0.01")
-    training = built(any_scene, tmp_path / "b", *flags)
+    training = built(generated_scene, tmp_path / "b", *flags)
     opacities, num_images = 3, max(len(training.scene.train), SHORTEST_PASS)
     first, last = training.adam_steps(training.window(0)), training.adam_steps(training.window(59))
     assert first[opacities].drift * num_images == pytest.approx(0.5, rel=1e-12)
