@@ -88,10 +88,12 @@ def draw_and_update(
     gate: GateOfStep | None,
     settings: StepSettings,
     adam_steps: Sequence[AdamStep],
+    factors: Tensor | None = None,
 ) -> StepResult:
     """Draw the batch, compare it with the photos, and update every kernel attribute of the table in place. All ranks.
 
-    Args: gate: what stands between the table and the drawing; adam_steps: one for each of KERNEL_ATTRIBUTES.
+    Args: gate: what stands between the table and the drawing; adam_steps: one for each of KERNEL_ATTRIBUTES; factors:
+    where a GPU finds what they come to (`Optimizer.factors`).
     """
     body, phases = tools.body, tools.phases
     views = batch.views
@@ -124,7 +126,7 @@ def draw_and_update(
             views,
             splats,
             d_rows,
-            optimizer=_optimizer(rows, adam_steps),
+            optimizer=_optimizer(rows, adam_steps, factors),
             statistics=Statistics(table.statistics["grad_norm_sum"], table.statistics["view_count"]),
             gradient_scale=settings.view_weight,
         )
@@ -176,9 +178,10 @@ def _compare(
     )
 
 
-def _optimizer(rows: StoredRows, adam_steps: Sequence[AdamStep]) -> Optimizer:
+def _optimizer(rows: StoredRows, adam_steps: Sequence[AdamStep], factors: Tensor | None) -> Optimizer:
     return Optimizer(
         tuple(rows.exp_avg[name] for name in KERNEL_ATTRIBUTES),
         tuple(rows.exp_avg_sq[name] for name in KERNEL_ATTRIBUTES),
         tuple(adam_steps),
+        factors,
     )

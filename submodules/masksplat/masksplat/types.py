@@ -206,11 +206,16 @@ class Counted(NamedTuple):
 
 
 class Optimizer(NamedTuple):
-    """Adam state of the six kernel attributes, in the order of `Gaussians`: moments in their shapes, one step each."""
+    """Adam state of the six kernel attributes, in the order of `Gaussians`: moments in their shapes, one step each.
+
+    factors: what the cuda body makes of the steps (`cuda.projection.adam_table`), on the device already; kernels read
+    it when they run, so that launches can be recorded once and replayed with others. Other bodies take the steps.
+    """
 
     exp_avg: tuple[Tensor, ...]
     exp_avg_sq: tuple[Tensor, ...]
     steps: tuple[AdamStep, ...]
+    factors: Tensor | None = None
 
 
 class Statistics(NamedTuple):

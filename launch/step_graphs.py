@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step's launches, recorded once as a CUDA graph and replayed while the table's tensors and all sizes stay.
+
+A step of a small scene is a millisecond of Python and half a millisecond of a GPU's work. Between two edits of the
+table every step queues the same launches on the same memory; what differs lies in `StepMemory`, and photos are copied
+to where the launches read them. The first step of a kind runs as usual, so that everything is compiled and loaded; the
+second is recorded; those that follow are replayed, to the same bits. Whatever looks at the device in the middle of a
+step is not recorded: several ranks, immediate mode, methods with factors, lazily updated rows.
+
+Letters: B views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from gaussian_renderer.step import Batch, StepResult, draw_and_update
+from launch.bodies import STEPS_AHEAD
+from launch.step_memory import StepMemory
+from masksplat.cuda.body import CudaBody
+from strategies.base import Numbers
+from strategies.schedule import Window
+
+if TYPE_CHECKING:
+    from launch.training import Training
+
+Result = TypeVar("Result")
+
+MOST_RECORDINGS = 8
+"""Kinds of step, by the sizes of their photos, that are kept at once: each holds memory."""
+
+ROOM = 2.0
+"""A step is recorded while so many times the memory that steps take is free: a recording has its own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """What came of a step; nothing of it has been read. learned: what the strategies say."""
+
+    result: StepResult
+    learned: Numbers
+
+
+class Graph(Protocol):
+    """Launches that can be repeated."""
+
+    def replay(self) -> None:
+        """Queue all of them again."""
+
+
+class GraphMaker(Protocol):
+    """Records launches of one device."""
+
+    def has_room(self) -> bool:
+        """Whether there is memory for one more recording."""
+
+    def record(self, work: Callable[[], Result]) -> tuple[Graph, Result]:
+        """Let `work` queue its launches into a graph, where they are not carried out; what it returned, undefined."""
+
+
+class DeviceGraphMaker:
+    """CUDA graphs of the current device by torch's stream capture; all of them share one pool of memory.
+
+    They may: on one stream, one after the other, and nobody keeps what is in a pool beyond the next replay.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def has_room(self) -> bool:
+        """See `GraphMaker`; the largest step so far is what a step takes."""
+        device = self._device
+        taken = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached > ROOM * taken
+
+    def record(self, work: Callable[[], Result]) -> tuple[Graph, Result]:
+        """See `GraphMaker`. Other threads may use the device meanwhile."""
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = work()
+            except BaseException:
+                with suppress(RuntimeError):  # says once more that the recording has failed
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        return graph, result
+
+
+def compute_now(training: Training, window: Window, batch: Batch, memory: StepMemory | None = None) -> Computed:
+    """Sample masks, draw, compare, update everything, on the current stream; changing numbers are read in `memory`."""
+    table, strategy, seed = training.table, training.strategy, training.config.optimization.seed
+    masks, factors = (None, None) if memory is None else (memory.masks, memory.factors)
+    with training.phases("masks"):
+        gate = strategy.sample(table, window, seed, masks)
+    result = draw_and_update(
+        training.tools, table, batch, gate, training.step_settings(window), training.adam_steps(window), factors
+    )
+    if gate is not None:
+        gate = replace(gate, num_drawn_of_all=result.totals.num_drawn)
+    with training.phases("masks"):
+        learned = strategy.after_backward(table, window, gate, result.d_gate, training.mask_scaling(window), masks)
+    return Computed(result, learned)
+
+
+def compute_step(training: Training, step: int, window: Window) -> Computed:
+    """Draw the batch of a step with sampled masks, compare it with its photos, update everything. All ranks."""
+    if training.graphs is not None:
+        return training.graphs.compute(training, step, window)
+    return compute_now(training, window, batch_of(training, step))
+
+
+def batch_of(training: Training, step: int) -> Batch:
+    """The batch of a step that is not replayed."""
+    with training.phases("photos"):
+        batch = training.batch(step)
+        training.number_rows()
+    return batch
+
+
+@dataclass(frozen=True, eq=False)
+class _Recording:
+    """A kind of step. photos: where its launches read them; result: where they leave what the host reads."""
+
+    graph: Graph
+    photos: Sequence[Tensor]
+    result: StepResult
+
+
+class StepGraphs:
+    """The recordings of a training, made when they pay and forgotten when the table changes."""
+
+    def __init__(self, body: CudaBody, num_views: int, maker: GraphMaker) -> None:
+        """Args: num_views: B."""
+        self._body = body
+        self._maker = maker
+        self._memory = StepMemory(num_views, body.device, num_behind=STEPS_AHEAD)
+        self._recordings: dict[Hashable, _Recording] = {}
+        self._seen: set[Hashable] = set()
+        self._table: Hashable = None
+
+    def compute(self, training: Training, step: int, window: Window) -> Computed:
+        """The step, replayed if its kind has been recorded."""
+        scaling = training.mask_scaling(window)
+        mask_numbers = training.strategy.recorded_numbers(training.table, window, scaling)
+        key = None if mask_numbers is None else self._key(training, step, window, has_masks=len(mask_numbers) > 0)
+        if key is None or mask_numbers is None or not self._is_worth(key):
+            return compute_now(training, window, batch_of(training, step))
+        with training.phases("photos"):
+            batch = training.batch(step, views_as=self._memory.views(training.sizes(step)))
+            self._write(training, step, window, mask_numbers)
+        recording = self._recordings.get(key) or self._record(key, training, window, batch)
+        with training.phases("replay"):
+            for place, photo in zip(recording.photos, batch.photos, strict=True):
+                place.copy_(photo)
+            recording.graph.replay()
+        num_drawn = recording.result.totals.num_drawn
+        return Computed(recording.result, training.strategy.numbers_of(training.table, window, scaling, num_drawn))
+
+    def _key(self, training: Training, step: int, window: Window, *, has_masks: bool) -> Hashable | None:
+        """What must be equal for a recording to fit; None for steps that cannot be recorded."""
+        table, capacity = training.table, self._body.capacity
+        stored = table.for_step(self._body)
+        if stored.lazy is not None or not capacity.defers or training.has_random_background:
+            return None
+        groups = (stored.params, stored.exp_avg, stored.exp_avg_sq, table.statistics)
+        addresses = tuple(tensor.data_ptr() for group in groups for tensor in group.values())
+        found = (len(table), table.ids.data_ptr(), addresses)
+        if found != self._table:
+            self._table = found
+            self._recordings.clear()
+            self._seen.clear()
+        sizes = training.sizes(step)
+        return sizes, training.sh_degree(window), capacity.instances, capacity.buckets, has_masks
+
+    def _is_worth(self, key: Hashable) -> bool:
+        """Whether this kind has come before, and is recorded or there is room to."""
+        if key in self._recordings:
+            return True
+        if key not in self._seen:
+            self._seen.add(key)
+            return False
+        return len(self._recordings) < MOST_RECORDINGS and self._maker.has_room()
+
+    def _write(self, training: Training, step: int, window: Window, mask_numbers: Sequence[float]) -> None:
+        cameras = training.cameras.numbers(training.pixels.views(step))
+        weight = training.step_settings(window).view_weight
+        self._memory.write(cameras, training.adam_steps(window), weight, mask_numbers, window.first)
+
+    def _record(self, key: Hashable, training: Training, window: Window, batch: Batch) -> _Recording:
+        photos = [photo.clone() for photo in batch.photos]
+        work = replace(batch, photos=photos)
+        graph, computed = self._maker.record(lambda: compute_now(training, window, work, self._memory))
+        recording = self._recordings[key] = _Recording(graph, photos, computed.result)
+        return recording
