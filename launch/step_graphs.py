@@ -74,6 +74,8 @@ class DeviceGraphMaker:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        # torch gives a pool up with the last graph in it; this one stays.
+        self._anchor = self.record(lambda: torch.zeros(1, device=device))
 
     def has_room(self) -> bool:
         """See `GraphMaker`; the largest step so far is what a step takes."""
