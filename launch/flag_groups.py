@@ -247,8 +247,8 @@ class PruneFlags:
     """The same as size of the saved ply in millions of bytes; 0: none."""
     scale_schedules: bool = flag(False)
     """Multiplies every schedule flag that is not given, in the density, mask and pruning groups and
-    --position_lr_max_steps, by --iterations / 30000, and divides --lambda_mask of the learned masks by it. Intervals of
-    densification and SH degrees stay."""
+    --position_lr_max_steps, by --iterations / 30000, and divides --lambda_mask of the learned masks by its power of
+    4/3. Intervals of densification and SH degrees stay."""
     random_prune_ratio: float = flag(0.1, source="LP-3DGS", inert=NEVER_READ)
     """Unused in LP-3DGS."""
     simplification_iteration1: int = flag(15_000, source="LP-3DGS", inert=NEVER_READ)

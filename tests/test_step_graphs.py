@@ -64,8 +64,9 @@ class CountingMaker(DeviceGraphMaker):
     """Real graphs, counted."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
         self.graphs: list[CalledAgain] = []
+        super().__init__(device)
+        self.graphs.clear()  # of the anchor
 
     def record(self, work):
         graph, result = super().record(work)
