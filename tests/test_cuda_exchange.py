@@ -25,11 +25,12 @@ from distributed.pixels import PixelPartition
 from distributed.routes import numbers_back
 from distributed.torch_passage import TorchPassage
 from exchange_splats import SIDE, possible_gradient, random_partition, random_splats
+from masksplat.cuda.body import CudaBody
 from masksplat.cuda.capacity import Capacity, Windows
 from masksplat.cuda.launcher import Launcher
 from masksplat.types import Splats
 from rank_harness import run_ranks
-from test_exchange import adjoint_cases, moved, waiting_forbidden
+from test_exchange import adjoint_cases, assembled, gradients_of, moved, partitions_for, waiting_forbidden
 from test_exchange_traffic import Operations
 
 SIZES = [1, 2, 3]
@@ -271,6 +272,30 @@ def test_what_has_no_room_is_found_by_all_ranks_and_written_by_none() -> None:
     for seed in (3, 5):
         first, *others = run_ranks(overflow_windows, ready(3), seed)
         assert all(other == first for other in others)
+
+
+def emulated_steps(world: Communicator, partitions: list[PixelPartition]) -> list[tuple[Any, ...]]:
+    """Whole steps of the cuda body; several ranks exchange in windows."""
+    body = CudaBody(launcher=make_launcher(EMULATED))
+    room = body.capacity if world.size > 1 else None
+    with exchanged_by(body.launcher):
+        found = [gradients_of(world, partition, torch.float32, body, room) for partition in partitions]
+    assert (body.capacity.windows is not None) == (world.size > 1) and not body.status[0]
+    return found
+
+
+def test_gradients_of_windows_do_not_depend_on_the_number_of_ranks() -> None:
+    """Law 2 for one step: loss and gradients of parameters and masks."""
+    for source in ("project", "project_backward", "photometric", "binning", "radix_sort", "rasterize"):
+        make_launcher(EMULATED).kernels(source)
+    alone = [emulated_steps(Communicator(), partitions_for(1))]
+    for size in (2, 3):
+        answers = run_ranks(emulated_steps, ready(size), partitions_for(size))
+        for case in range(4):
+            expected, expected_loss = assembled(alone, case)
+            found, loss = assembled(answers, case)
+            assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+            assert abs(loss - expected_loss) <= 1e-5 * abs(expected_loss)
 
 
 def test_windows_grow_where_more_was_needed() -> None:
