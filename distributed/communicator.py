@@ -222,6 +222,13 @@ class Communicator:
             dist.all_to_all_single(received, sent, list(receive_counts), list(send_counts))  # all ranks
         return received
 
+    def all_to_all_into(
+        self, received: Tensor, sent: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> None:
+        """`all_to_all_rows` into memory that is there, of contiguous tensors; between no ranks it does nothing."""
+        if self.size > 1:
+            dist.all_to_all_single(received, sent, receive_counts, send_counts)  # all ranks
+
     def broadcast_bytes(self, payload: bytes, source: int = 0) -> bytes:
         """The byte string of rank `source`; what the others pass is ignored."""
         if not self.has_group:

@@ -3,8 +3,8 @@
 
 The forward E copies each packed splat to every region it touches; the backward is its adjoint: the copies' gradients
 are summed at the owner, in the order of ranks. One collective carries the numbers of rows, one the splats, one the
-gradients; the numbers of rows are all that the host ever reads. A rank's copies for itself take the same way, inside
-its own memory.
+gradients. The numbers of rows are all that the host ever reads, and it reads none where copies travel in windows of a
+fixed size (`distributed.kernel_passage`). A rank's copies for itself stay inside its own memory.
 
 What a row's receiver can work out does not travel: the mask follows from the block that the row is in
 (`distributed.routes`), the box of pixels from the row. Of the gradient, neither the zeros of rows that were not drawn
@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from distributed.communicator import Communicator
-from distributed.kernel_passage import KernelPassage, kernels_for
+from distributed.kernel_passage import KernelPassage, RoomForRows, kernels_for
 from distributed.pixels import PixelPartition
-from distributed.routes import Routes, numbers_back
+from distributed.routes import LateRoutes, Routes, numbers_back
 from distributed.torch_passage import TorchPassage
 from distributed.wire import Wire
+from masksplat.cuda.capacity import Windows
 from masksplat.types import Splats
 
 COUNT_BYTES = 4
@@ -42,7 +43,8 @@ class Traffic:
     """What the splats of one rank cost in one step; sum over ranks for all.
 
     copies: splats delivered, those to this rank itself (`own_copies`) included. forward_bytes, backward_bytes: sent by
-    this rank to others, and returned to it. count_bytes: the numbers of rows that this rank sends.
+    this rank to others, and returned to it. count_bytes: the numbers of rows that this rank sends. unused_bytes: what
+    of the windows both ways is not filled and travels, too.
     """
 
     copies: int
@@ -50,11 +52,17 @@ class Traffic:
     forward_bytes: int
     backward_bytes: int
     count_bytes: int
+    unused_bytes: int = 0
+
+    @property
+    def needed_bytes(self) -> int:
+        """What has to travel between ranks for this one's splats."""
+        return self.forward_bytes + self.backward_bytes + self.count_bytes
 
     @property
     def num_bytes(self) -> int:
         """All that travels between ranks for this one's splats."""
-        return self.forward_bytes + self.backward_bytes + self.count_bytes
+        return self.needed_bytes + self.unused_bytes
 
     @property
     def grendel_bytes(self) -> int:
@@ -64,23 +72,35 @@ class Traffic:
 
 @dataclass(frozen=True, eq=False)
 class ExchangeRecord:
-    """The numbers of an exchange; it keeps no splats alive. wire, routes: None when nothing was sent."""
+    """The numbers of an exchange; it keeps no splats alive. wire, routes: None when nothing was sent.
+
+    num_received: rows that there was room for. windows: what travelled whether it was filled or not.
+    """
 
     rank: int
     num_received: int
     wire: Wire | None = None
-    routes: Routes | None = None
+    routes: Routes | LateRoutes | None = None
+    windows: Windows | None = None
 
     def traffic(self, dtype: torch.dtype = torch.float32) -> Traffic:
-        """What forward and backward move for this rank's splats, with floats of `dtype`."""
-        routes, rank = self.routes, self.rank
-        if routes is None or self.wire is None:
+        """What forward and backward move for this rank's splats, with floats of `dtype`.
+
+        Host sync: the numbers of rows, where nobody has read them.
+        """
+        rank = self.rank
+        if self.routes is None or self.wire is None:
             return Traffic(self.num_received, self.num_received, 0, 0, 0)
+        routes = self.routes.read()
         own, all_copies = int(routes.sent[rank].sum()), int(routes.sent.sum())
         back = sum(count for to, count in enumerate(numbers_back(routes.sent)) if to != rank)
-        forward_bytes = (all_copies - own) * replace(self.wire, dtype=dtype).row_bytes
-        count_bytes = COUNT_BYTES * routes.blocks.shape[1] * (len(routes.num_regions) - 1)
-        return Traffic(all_copies, own, forward_bytes, back * dtype.itemsize, count_bytes)
+        row_bytes, num_others = replace(self.wire, dtype=dtype).row_bytes, len(routes.num_regions) - 1
+        forward_bytes, backward_bytes = (all_copies - own) * row_bytes, back * dtype.itemsize
+        count_bytes, unused_bytes = COUNT_BYTES * routes.blocks.shape[1] * num_others, 0
+        if self.windows is not None:
+            window_bytes = self.windows.rows * row_bytes + self.windows.numbers * dtype.itemsize
+            unused_bytes = num_others * window_bytes - forward_bytes - backward_bytes
+        return Traffic(all_copies, own, forward_bytes, backward_bytes, count_bytes, unused_bytes)
 
 
 class Passage(Protocol):
@@ -91,8 +111,12 @@ class Passage(Protocol):
         """How a row travels."""
 
     @property
-    def routes(self) -> Routes:
+    def routes(self) -> Routes | LateRoutes:
         """How many rows travel between whom."""
+
+    @property
+    def windows(self) -> Windows | None:
+        """What travels whether it is filled or not; None: just what is needed."""
 
     @property
     def region_offsets(self) -> Tensor:
@@ -109,7 +133,8 @@ class Passage(Protocol):
 class ExchangePlan:
     """Who sends which packed rows to whom in one step; made by all ranks together.
 
-    num_rows: M. region_offsets: (Q + 1,) int64, on the host: rows [q, q + 1) of what is received are region q's.
+    num_rows: M. region_offsets: (Q + 1,) int64, on the host: region q has the rows from [q] to [q + 1] of what is
+    received, or as many of them as `Splats.counts` says.
     passage: None in a world of one that draws everything; forward and backward then return what they are given.
     """
 
@@ -128,14 +153,17 @@ class ExchangePlan:
         sizes: Sequence[tuple[int, int]] | None = None,
         keep: Tensor | None = None,
         id_bound: int | None = None,
+        room: RoomForRows | None = None,
     ) -> ExchangePlan:
         """The plan that brings every region of `partition` the splats it can show. All ranks call it.
 
-        Host sync: the numbers of rows, the only one of an exchange.
+        Host sync: the numbers of rows, the only one of an exchange; with `room` none, where kernels exchange.
 
         Args: sizes: (width, height) of each view of the batch: receivers work out the boxes of rows, which suits the
         bodies whose boxes hold alpha >= 1/255; without it boxes travel. keep: see `select_rows`. id_bound: all ids are
-        below it (`distributed.numbering` makes small ones), so they travel in fewer bytes.
+        below it (`distributed.numbering` makes small ones), so they travel in fewer bytes. room: of windows, for ranks
+        of one machine; regions may then have rows that are not in use, and when something has no room, its status says
+        so on all ranks, and what is received is empty.
         """
         if communicator.size == 1 and keep is None:
             return cls(communicator, len(splats), splats.view_offsets)
@@ -146,9 +174,14 @@ class ExchangePlan:
         if launcher is None:
             passage = TorchPassage.for_partition(communicator, splats, partition, wire=wire, sizes=sizes, keep=keep)
         else:
+            windows = status = None
+            if room is not None and id_bound is not None:
+                num_regions = sum(map(len, partition.regions))
+                windows, status = room.windows_for(id_bound, num_regions, communicator.size), room.status
             passage = KernelPassage.for_partition(
-                communicator, splats, partition, wire=wire, sizes=sizes, keep=keep, launcher=launcher
-            )
+                communicator, splats, partition, wire=wire, sizes=sizes, keep=keep, launcher=launcher, windows=windows,
+                status=status,
+            )  # fmt: skip
         return cls(communicator, len(splats), passage.region_offsets, passage)
 
     @property
@@ -177,4 +210,4 @@ class ExchangePlan:
         way, rank = self.passage, self.communicator.rank
         if way is None:
             return ExchangeRecord(rank, self.num_received)
-        return ExchangeRecord(rank, self.num_received, way.wire, way.routes)
+        return ExchangeRecord(rank, self.num_received, way.wire, way.routes, way.windows)

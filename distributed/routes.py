@@ -114,6 +114,10 @@ class Routes:
     blocks: np.ndarray
     num_regions: tuple[int, ...]
 
+    def read(self) -> Routes:
+        """These very numbers."""
+        return self
+
     def between(self, source: int, target: int) -> np.ndarray:
         """(3, Q) rows from one rank to another, by group and region of the target."""
         first = NUM_GROUPS * sum(self.num_regions[:target])
@@ -151,6 +155,22 @@ class Routes:
         region, _, group = np.indices(kept.shape)
         columns = (kept, on_arrival - starts, group != ABSENT, region)
         return np.stack([column.reshape(-1) for column in columns], axis=1).astype(np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class LateRoutes:
+    """Routes that are still on the device; see `masksplat.cuda.exchange.Layout` for what is in `for_host`."""
+
+    rank: int
+    for_host: Tensor
+    num_regions: tuple[int, ...]
+
+    def read(self) -> Routes:
+        """The numbers; waits for the device."""
+        num_ranks = len(self.num_regions)
+        num_counts = NUM_GROUPS * sum(self.num_regions) * num_ranks
+        counts = self.for_host[len(self.for_host) - num_counts :].cpu()  # host sync: the numbers of rows
+        return Routes(self.rank, counts.view(num_ranks, -1).numpy().astype(np.int64), self.num_regions)
 
 
 def numbers_back(rows: np.ndarray) -> list[int]:

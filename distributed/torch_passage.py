@@ -102,6 +102,10 @@ class TorchPassage:
         return self._summed(returned)
 
     @property
+    def windows(self) -> None:
+        """There are none."""
+
+    @property
     def region_offsets(self) -> Tensor:
         """(Q + 1,) int64, on the host."""
         return self.routes.region_offsets

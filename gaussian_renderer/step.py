@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distributed.communicator import Communicator
 from distributed.exchange import ExchangePlan, ExchangeRecord
+from distributed.kernel_passage import RoomForRows
 from distributed.numbering import OrderNumbers
 from distributed.pixels import PixelPartition, Region
 from distributed.totals import StepTotals
@@ -50,7 +51,8 @@ class StepTools:
 
     ties: numbers in the order of the table's ids, which break ties of depth; None: the ids themselves. status: words on
     the device of which the first is not 0 once a buffer of the body was too small, after which the body updates
-    nothing; several ranks stop together. None: that cannot happen.
+    nothing; several ranks stop together. None: that cannot happen. room: of the windows between the ranks of one
+    machine, whose status is that; None: the host reads in every step how many rows travel.
     """
 
     body: Body
@@ -58,6 +60,7 @@ class StepTools:
     phases: PhaseTimer
     ties: OrderNumbers | None = None
     status: Tensor | None = None
+    room: RoomForRows | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def draw_and_update(
         splats = gaussians.project(body, views, ids)
     with phases("exchange"):
         plan = ExchangePlan.for_partition(
-            tools.communicator, splats, batch.partition, sizes=views.sizes, id_bound=bound
+            tools.communicator, splats, batch.partition, sizes=views.sizes, id_bound=bound, room=tools.room
         )
         received = plan.forward(splats)
     drawn = _draw_regions(tools, received, batch, settings.lambda_dssim)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from distributed.communicator import Communicator
+from distributed.kernel_passage import RoomForRows
 from masksplat.ops import Body, get_body
 from scene.errors import InputError
 
@@ -21,7 +23,7 @@ STEPS_AHEAD = 4
 """Steps a GPU may be behind the host: enough to hide the jitter of the host, few enough to repeat."""
 
 STEPS_AHEAD_OF_RANKS = 1
-"""The same for several ranks: they wait for the numbers of rows in every step, by when the step before is done."""
+"""The same for ranks that wait for the numbers of rows in every step, by when the step before is done."""
 
 
 def choose_body(
@@ -81,6 +83,10 @@ class OverflowWatch(Protocol):
     def defers(self, defers: bool) -> None:
         """Choose who looks."""
 
+    @property
+    def capacity(self) -> RoomForRows:
+        """What knows the sizes of the buffers."""
+
     def recover(self) -> bool:
         """Grow the buffers and clear the status; True when work since must be repeated."""
 
@@ -91,12 +97,25 @@ def overflow_watch(body: Body) -> OverflowWatch | None:
     return own if hasattr(own, "recover") else None
 
 
-def steps_ahead(body: Body, num_ranks: int) -> int:
+def room_of_windows(body: Body, communicator: Communicator) -> RoomForRows | None:
+    """Room for the copies between ranks of one machine, whose steps wait for nothing then; None where they have to.
+
+    What composites must know of rows that are not in use, and steps must be watched: gsplat's body does not, and a step
+    that is complete when it returns is not.
+    """
+    watch = overflow_watch(body)
+    if watch is None or watch is not body or not watch.defers:
+        return None
+    return watch.capacity if 1 < communicator.size == communicator.local_size else None
+
+
+def steps_ahead(body: Body, communicator: Communicator) -> int:
     """Steps that a GPU may be behind the host; 0 where each step is over before the next begins."""
     watch = overflow_watch(body)
     if watch is None or not watch.defers:
         return 0
-    return STEPS_AHEAD if num_ranks == 1 else STEPS_AHEAD_OF_RANKS
+    waits = communicator.size > 1 and room_of_windows(body, communicator) is None
+    return STEPS_AHEAD_OF_RANKS if waits else STEPS_AHEAD
 
 
 @contextmanager

@@ -242,7 +242,9 @@ class Recorder:
         if training.communicator.size == 1:
             return
         traffic = seen.exchanged.traffic()
-        sent, copies, grendel = training.total(traffic.num_bytes, traffic.copies, traffic.grendel_bytes)
+        sent, unused, copies, grendel = training.total(
+            traffic.num_bytes, traffic.unused_bytes, traffic.copies, traffic.grendel_bytes
+        )
         own = {"cpu_bytes": self._process.memory_info().rss, "gpu_bytes": gpu_memory_bytes()}
         memory = training.communicator.gather_counts(list(own.values()))
         self.logs.main.write(
@@ -250,6 +252,7 @@ class Recorder:
             iteration=iteration,
             rows=seen.numbers.rows,
             exchange_bytes=int(sent),
+            exchange_needed_bytes=int(sent - unused),
             exchange_copies=int(copies),
             grendel_bytes=int(grendel),
             cpu_bytes=[row[0] for row in memory] if flags.check_cpu_memory else None,

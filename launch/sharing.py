@@ -99,7 +99,7 @@ class PixelShares:
     ) -> None:
         """Args: learns_costs: False keeps every row of tiles at the cost of its pixels (--no_heuristics_update).
 
-        delay: steps between counting a cost and using it; numbers that are read a step late need one more.
+        delay: steps between counting a cost and using it; numbers that are read some steps late need as many more.
         """
         self.communicator, self.batches = communicator, batches
         sizes = [(camera.width, camera.height) for camera in cameras]
@@ -120,7 +120,7 @@ class PixelShares:
         """What was, or now is, decided for a step; forgotten when nobody can go back to it any more."""
         known = self._known.get(step)
         if known is None:
-            self._known = {key: value for key, value in self._known.items() if key >= step - 2}
+            self._known = {key: value for key, value in self._known.items() if key >= step - self.balancer.delay}
             views = self.batches.batch(step)
             partition = self._decide(step, views)
             known = _Decision(views, partition, self._expected(partition, views) if self._learns_costs else None)

@@ -17,7 +17,7 @@ from distributed.transfer import sent_to
 from gaussian_renderer.phases import PhaseTimer, phase_timer
 from gaussian_renderer.step import Batch, StepSettings, StepTools
 from gaussian_renderer.views import KERNEL_ATTRIBUTES, CameraTable
-from launch.bodies import choose_body, overflow_watch, steps_ahead
+from launch.bodies import choose_body, overflow_watch, room_of_windows, steps_ahead
 from launch.config import TrainConfig, pick, to_plain
 from launch.finetune import rate_factor
 from launch.pruning import choose_strategy
@@ -89,7 +89,8 @@ class Training:
         """What the training step draws with."""
         watch = overflow_watch(self.body)
         status = watch.status if watch is not None and watch.defers else None
-        return StepTools(self.body, self.communicator, self.phases, self._ties, status)
+        room = room_of_windows(self.body, self.communicator)
+        return StepTools(self.body, self.communicator, self.phases, self._ties, status, room)
 
     def number_rows(self) -> None:
         """Give the rows new small numbers when the rows are others than before. All ranks."""
@@ -170,7 +171,7 @@ class Training:
     @property
     def steps_ahead(self) -> int:
         """Steps that are queued ahead of a GPU (`launch.late_steps`); what they change must know the status words."""
-        return steps_ahead(self.body, self.communicator.size)
+        return steps_ahead(self.body, self.communicator)
 
     def after_event(self) -> Redistribution | None:
         """Share the Gaussians out again when edits have left the shards uneven. All ranks."""
@@ -316,7 +317,7 @@ def pixel_shares(
 ) -> PixelShares:
     """How pixels are shared out over ranks; costs count later where steps are read late."""
     learns_costs = not config.distribution.no_heuristics_update
-    delay = COST_DELAY + steps_ahead(body, communicator.size)
+    delay = COST_DELAY + steps_ahead(body, communicator)
     return PixelShares(communicator, scene.train, batches, learns_costs=learns_costs, delay=delay)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,15 @@ from distributed.communicator import Communicator
 from distributed.exchange import ExchangePlan
 from distributed.kernel_passage import KernelPassage
 from distributed.pixels import PixelPartition
+from distributed.routes import numbers_back
 from distributed.torch_passage import TorchPassage
 from exchange_splats import SIDE, possible_gradient, random_partition, random_splats
+from masksplat.cuda.body import CudaBody
+from masksplat.cuda.capacity import Capacity, Windows
 from masksplat.cuda.launcher import Launcher
 from masksplat.types import Splats
 from rank_harness import run_ranks
-from test_exchange import adjoint_cases, moved, waiting_forbidden
+from test_exchange import adjoint_cases, assembled, gradients_of, moved, partitions_for, waiting_forbidden
 from test_exchange_traffic import Operations
 
 SIZES = [1, 2, 3]
@@ -64,10 +67,10 @@ def ready(size: int) -> int:
     return size
 
 
-def ellipses(lengths: list[int], rank: int, seed: int) -> Splats:
-    """Rows with proper conics, some of them behind `ROOM` for more whose contents are nonsense; ids are unique."""
+def ellipses(lengths: list[int], rank: int, seed: int, room: int = ROOM) -> Splats:
+    """Rows with proper conics, behind them `room` for more whose contents are nonsense; ids are unique."""
     rng = np.random.default_rng([seed, rank])
-    splats = random_splats([ROOM] * len(lengths), rng, torch.float32)
+    splats = random_splats([room] * len(lengths), rng, torch.float32)
     rows = splats.rows
     rows[:, :2] = torch.from_numpy(rng.uniform(-5, SIDE + 5, (len(rows), 2)))
     half, turn = rng.uniform(0.05, 2, (len(rows), 2)), rng.uniform(-0.99, 0.99, len(rows))
@@ -82,12 +85,15 @@ def ellipses(lengths: list[int], rank: int, seed: int) -> Splats:
 
 def in_use(splats: Splats) -> Tensor:
     assert splats.counts is not None
-    return (torch.arange(ROOM) < splats.counts.cpu()[:, None]).reshape(-1)
+    room = len(splats) // len(splats.counts)
+    return (torch.arange(room) < splats.counts.cpu()[:, None]).reshape(-1)
 
 
 def order_of(received: Splats) -> Tensor:
     """The rows region after region, in each by id."""
     ranges = [received.view_range(region) for region in range(len(received.view_offsets) - 1)]
+    if received.counts is not None:
+        ranges = [(first, first + count) for (first, _), count in zip(ranges, received.counts.tolist(), strict=True)]
     ids = received.ids.cpu()
     return torch.cat(
         [torch.empty(0, dtype=torch.int64), *(first + ids[first:last].argsort() for first, last in ranges)]
@@ -151,6 +157,156 @@ def compare_once(world: Communicator, splats: Splats, partition: PixelPartition,
 def test_kernels_do_what_torch_operations_do(size: int) -> None:
     """Views in regions of any kind, ranks without regions, rows of none, one or several copies, room behind rows."""
     assert all(count > 50 for count in run_ranks(compare, ready(size), 12))
+
+
+@dataclass(frozen=True)
+class FixedRoom:
+    """Windows of a size that nobody grows."""
+
+    windows: Windows
+    status: Tensor
+
+    def windows_for(self, *_: int) -> Windows:
+        return self.windows
+
+
+def needs(plan: ExchangePlan) -> Windows:
+    """By the numbers of rows that the host has read."""
+    assert isinstance(plan.passage, KernelPassage)
+    routes = plan.passage.routes.read()
+    ranks = range(len(routes.num_regions))
+    pairs = [routes.between(source, target).sum(axis=1) for source in ranks for target in ranks if source != target]
+    regions = [
+        np.sum([routes.between(source, target).sum(axis=0) for source in ranks], axis=0).max(initial=0)
+        for target in ranks
+    ]
+    rows = max((int(pair.sum()) for pair in pairs), default=0)
+    return Windows(rows, max(numbers_back(np.array(pairs).reshape(-1, 3)), default=0), int(max(regions)))
+
+
+def window_case(world: Communicator, seed: int) -> tuple[Splats, PixelPartition, dict[str, Any]]:
+    """Up to 2 400 rows, which a window needs several blocks of threads for."""
+    shared = np.random.default_rng(seed)
+    partition = random_partition(int(shared.integers(1, 5)), world.size, shared)
+    room = int(shared.choice([40, 600]))
+    lengths = shared.choice([0, 1, room // 2, room], (world.size, len(partition.heights)))[world.rank].tolist()
+    splats = moved(ellipses(lengths, world.rank, seed, room), world.device)
+    options: dict[str, Any] = {"id_bound": [1 << 20, 1 << 40][seed // 2 % 2]}
+    if seed % 2:
+        options["sizes"] = [(SIDE - 9 * view, height) for view, height in enumerate(partition.heights)]
+    return splats, partition, options
+
+
+def compare_windows(world: Communicator, num_seeds: int) -> list[tuple[int, int]]:
+    """Windows against the exchange whose rows the host counts; copies that this rank got, blocks of the windows."""
+    torch.use_deterministic_algorithms(True)  # memory that nobody has written holds no numbers
+    return [compare_windows_once(world, *window_case(world, seed)) for seed in range(num_seeds)]
+
+
+def compare_windows_once(
+    world: Communicator, splats: Splats, partition: PixelPartition, options: dict[str, Any]
+) -> tuple[int, int]:
+    with exchanged_by(kernels_of(world)):
+        tight = ExchangePlan.for_partition(world, splats, partition, **options)
+        expected, needed = tight.forward(splats), needs(tight)
+        windows = Windows(*(-(-max(need, 1) // 256) * 256 for need in needed[:2]), needed.region_rows)
+        room = FixedRoom(windows, torch.zeros(8, dtype=torch.int32, device=world.device))
+        with waiting_forbidden(world.device):
+            plan = ExchangePlan.for_partition(world, splats, partition, **options, room=room)
+            received = plan.forward(splats)
+    assert received.view_offsets.tolist() == [
+        windows.region_rows * region for region in range(len(partition.regions[world.rank]) + 1)
+    ]
+    assert received.counts is not None and received.counts.tolist() == expected.view_offsets.diff().tolist()
+    mine, theirs = order_of(received), order_of(expected)
+    for name in ("rows", "depths", "ids", "gaussians", "boxes"):
+        assert torch.equal(getattr(received, name).cpu()[mine], getattr(expected, name).cpu()[theirs]), name
+    y = possible_gradient(moved(expected, "cpu"), np.random.default_rng(world.rank))
+    y_mine = torch.full((len(received), 10), torch.nan).index_copy_(0, mine, y[theirs]).to(world.device)
+    expected_rows = tight.backward(y.to(world.device)).cpu()
+    with waiting_forbidden(world.device):
+        d_rows = plan.backward(y_mine).cpu()
+    used = in_use(splats)
+    assert torch.equal(d_rows[used], expected_rows[used])
+    assert room.status.tolist() == [0, 0, 0, *needed, 0, 0]
+    ours, wanted = plan.record.traffic(), tight.record.traffic()
+    window_bytes = windows.rows * plan.record.wire.row_bytes + 4 * windows.numbers if plan.record.wire else 0
+    assert replace(ours, unused_bytes=0) == wanted and wanted.unused_bytes == 0
+    assert ours.num_bytes == (world.size - 1) * window_bytes + ours.count_bytes
+    return int(received.counts.sum()), windows.rows // 256
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_windows_bring_what_counted_rows_bring(size: int) -> None:
+    """And the same gradients to the bit: nothing of what lies in a window behind its rows is taken for a row."""
+    for found in run_ranks(compare_windows, ready(size), 12):
+        assert sum(count for count, _ in found) > 1000
+        assert {1, 2} <= {blocks for _, blocks in found}
+
+
+def overflow_windows(world: Communicator, seed: int) -> list[list[int]]:
+    """The status with ample room, then with one row, number or place too few; nothing is written then."""
+    torch.use_deterministic_algorithms(True)
+    splats, partition, options = window_case(world, seed)
+    found = []
+    with exchanged_by(kernels_of(world)):
+        needed = needs(ExchangePlan.for_partition(world, splats, partition, **options))
+        for lacking in range(3):
+            sizes = [1 << 12, 1 << 14, 1 << 12]
+            sizes[lacking] = needed[lacking] - 1
+            room = FixedRoom(Windows(*sizes), torch.zeros(8, dtype=torch.int32, device=world.device))
+            plan = ExchangePlan.for_partition(world, splats, partition, **options, room=room)
+            assert isinstance(plan.passage, KernelPassage)
+            packed = plan.passage.copies.pack(plan.passage.layout, plan.passage._words, plan.passage.numbers.rows.total)
+            assert bool((packed == torch.iinfo(torch.int32).max).all())
+            received = plan.forward(splats)
+            assert received.counts is not None and not received.counts.any()
+            assert bool(received.rows.isnan().all())
+            assert bool(plan.backward(torch.zeros_like(received.rows)).isnan().all())
+            found.append(room.status.tolist())
+        assert found == [[1, 0, 0, *needed, 0, 0]] * 3
+    return found
+
+
+def test_what_has_no_room_is_found_by_all_ranks_and_written_by_none() -> None:
+    for seed in (3, 5):
+        first, *others = run_ranks(overflow_windows, ready(3), seed)
+        assert all(other == first for other in others)
+
+
+def emulated_steps(world: Communicator, partitions: list[PixelPartition]) -> list[tuple[Any, ...]]:
+    """Whole steps of the cuda body; several ranks exchange in windows."""
+    body = CudaBody(launcher=make_launcher(EMULATED))
+    room = body.capacity if world.size > 1 else None
+    with exchanged_by(body.launcher):
+        found = [gradients_of(world, partition, torch.float32, body, room) for partition in partitions]
+    assert (body.capacity.windows is not None) == (world.size > 1) and not body.status[0]
+    return found
+
+
+def test_gradients_of_windows_do_not_depend_on_the_number_of_ranks() -> None:
+    """Law 2 for one step: loss and gradients of parameters and masks."""
+    for source in ("project", "project_backward", "photometric", "binning", "radix_sort", "rasterize"):
+        make_launcher(EMULATED).kernels(source)
+    alone = [emulated_steps(Communicator(), partitions_for(1))]
+    for size in (2, 3):
+        answers = run_ranks(emulated_steps, ready(size), partitions_for(size))
+        for case in range(4):
+            expected, expected_loss = assembled(alone, case)
+            found, loss = assembled(answers, case)
+            assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+            assert abs(loss - expected_loss) <= 1e-5 * abs(expected_loss)
+
+
+def test_windows_grow_where_more_was_needed() -> None:
+    """By half of the need and in whole blocks of threads; a first guess shows a quarter of all Gaussians."""
+    capacity = Capacity(torch.device("cpu"))
+    assert capacity.windows_for(100_000, 4, 2) == capacity.windows == Windows(25_088, 250_880, 25_088)
+    assert capacity.windows_for(7, 4, 2) == Windows(25_088, 250_880, 25_088)
+    capacity.status[0], capacity.status[3:6] = 1, torch.tensor([30_000, 200_000, 25_089], dtype=torch.int32)
+    assert capacity.recover() and not capacity.recover()
+    assert capacity.windows == Windows(45_056, 250_880, 37_888)
+    assert Capacity(torch.device("cpu")).windows_for(10, 4, 2) == Windows(1024, 10_240, 1024)
 
 
 def emulated_adjoint_cases(world: Communicator, num_cases: int) -> list[tuple[float, float, float, float]]:

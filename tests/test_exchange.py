@@ -14,12 +14,13 @@ import torch
 
 from distributed.communicator import Communicator
 from distributed.exchange import ExchangePlan, Traffic
+from distributed.kernel_passage import RoomForRows
 from distributed.numbering import order_numbers
 from distributed.pixels import PixelPartition, Region, num_tile_rows
 from distributed.routes import select_rows
 from exchange_splats import possible_gradient, random_partition, random_splats
 from kernel_scenes import parameters_of, random_scene
-from masksplat.ops import get_body
+from masksplat.ops import Body, get_body
 from masksplat.types import Gaussians, ProjectionSettings, Splats, Views
 from rank_harness import run_ranks
 
@@ -230,9 +231,10 @@ def scene_of(num_views: int, dtype: torch.dtype) -> tuple[Gaussians, Views, torc
     return gaussians, Views(views.viewmats, views.intrinsics, sizes), (masks > 0.5).to(dtype), photos
 
 
-def gradients_of(world: Communicator, partition: PixelPartition, dtype: torch.dtype) -> tuple[Any, ...]:
+def gradients_of(
+    world: Communicator, partition: PixelPartition, dtype: torch.dtype, body: Body, room: RoomForRows | None = None
+) -> tuple[Any, ...]:
     """(ids of my Gaussians, gradients by their parameters, loss of my regions) of one step."""
-    body = get_body("reference")
     gaussians, views, masks, photos = scene_of(len(partition.heights), dtype)
     ids = torch.arange(len(gaussians))
     mine = (
@@ -244,7 +246,7 @@ def gradients_of(world: Communicator, partition: PixelPartition, dtype: torch.dt
     settings = ProjectionSettings(sh_degree=1)
     order = order_numbers(1000 * ids[mine] ** 5, world)
     splats = body.project(shard, views, settings, masks=masks[mine], ids=order.numbers)
-    plan = ExchangePlan.for_partition(world, splats, partition, sizes=views.sizes, id_bound=order.bound)
+    plan = ExchangePlan.for_partition(world, splats, partition, sizes=views.sizes, id_bound=order.bound, room=room)
     received = plan.forward(splats)
     d_received, loss = torch.zeros_like(received.rows), torch.zeros((), dtype=torch.float64)
     for number, region in enumerate(partition.regions[world.rank]):
@@ -263,7 +265,7 @@ def gradients_of(world: Communicator, partition: PixelPartition, dtype: torch.dt
 
 
 def steps(world: Communicator, partitions: list[PixelPartition], dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    return [gradients_of(world, partition, dtype) for partition in partitions]
+    return [gradients_of(world, partition, dtype, get_body("reference")) for partition in partitions]
 
 
 def partitions_for(size: int) -> list[PixelPartition]:

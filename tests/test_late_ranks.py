@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several ranks whose steps are read late: when a buffer of one is too small, all of them change nothing and go back.
 
-Emulated ranks over gloo and, under `-m gpu`, two GPUs over nccl. What ranks decide is compared in every step (law 7).
+Ranks of one machine exchange copies in windows and are read as late as one rank alone; ranks that might be on several
+machines read how many rows travel. Emulated ranks over gloo and, under `-m gpu`, two GPUs over nccl. What ranks decide
+is compared in every step (law 7).
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +21,12 @@ import launch.training
 import train
 from cuda_launchers import EMULATED, make_launcher
 from distributed.communicator import Communicator
+from launch.bodies import STEPS_AHEAD, STEPS_AHEAD_OF_RANKS
 from launch.cli import parse_train
 from launch.start import Start
 from launch.training import Training, build_training
 from masksplat.cuda.body import CudaBody
+from masksplat.cuda.capacity import Windows
 from rank_harness import run_ranks
 from scene.model_folder import ModelFolder
 from test_cuda_exchange import exchanged_by, kernels_of
@@ -30,10 +34,27 @@ from test_cuda_exchange import exchanged_by, kernels_of
 FLAGS = (
     *("--iterations", "40", "--bsz", "2", "--densify_from_iter", "4", "--densification_interval", "12"),
     *("--densify_until_iter", "24", "--densify_grad_threshold", "1e-5", "--opacity_reset_interval", "26"),
-    *("--mask_lr", "0.2", "--log_interval", "8", "--mask_prune_iter", "10", "--test_iterations", "-1"),
+    *("--mask_lr", "0.2", "--log_interval", "16", "--mask_prune_iter", "20", "--test_iterations", "-1"),
     *("--quiet", "--no-report", "--eval", "--check_agreement", "--save_strategy_history"),
 )
 SOURCES = ("project", "project_backward", "adam", "mask", "photometric", "binning", "radix_sort", "rasterize")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """same_machine: copies travel in windows. buffers: rank -> steps before which its buffers become too small.
+
+    windows: steps before which the windows of all ranks do.
+    """
+
+    method: str = "mask"
+    same_machine: bool = True
+    buffers: Mapping[int, Collection[int]] = field(default_factory=dict)
+    windows: Collection[int] = ()
+
+    @property
+    def ahead(self) -> int:
+        return STEPS_AHEAD if self.same_machine else STEPS_AHEAD_OF_RANKS
 
 
 @dataclass(frozen=True)
@@ -45,12 +66,13 @@ class Outcome:
     history: list[dict]
 
 
-def trained(
-    world: Communicator, source: Path, target: Path, method: str, too_small_at: Mapping[int, Collection[int]]
-) -> Outcome:
-    """Train; before some steps (rank -> steps) the rank's buffers become too small, each time once."""
-    launcher, waiting, returns = kernels_of(world), set(too_small_at.get(world.rank, ())), []
-    config = parse_train(["-s", str(source), "-m", str(target), *FLAGS, "--prune_method", method])
+def trained(world: Communicator, source: Path, target: Path, setting: Setting) -> Outcome:
+    """Train; what becomes too small before a step becomes so once."""
+    if not setting.same_machine:
+        world = replace(world, local_size=1)
+    launcher, returns = kernels_of(world), []
+    waiting, narrow = set(setting.buffers.get(world.rank, ())), set(setting.windows)
+    config = parse_train(["-s", str(source), "-m", str(target), *FLAGS, "--prune_method", setting.method])
     one_step = train.train_step
 
     def watched_step(training: Training, recorder: object, late: object, step: int) -> int:
@@ -59,6 +81,9 @@ def trained(
             waiting.remove(step)
             capacity.expect(0)  # the guess for the first view is no longer due
             capacity.instances, capacity.buckets = 40, 2
+        if step in narrow:
+            narrow.remove(step)
+            capacity.windows = Windows(256, 512, 40)
         following = one_step(training, recorder, late, step)
         returns.append((step, following))
         return following
@@ -70,7 +95,8 @@ def trained(
         training.body.capacity.instances = 1 << 12  # the emulator touches all of it in every sort
         folder = ModelFolder.create(target)
         train.train(training, folder, Start())
-    assert not waiting and not bool(training.body.capacity.status.any())
+    assert not waiting and not narrow and not bool(training.body.capacity.status[:3].any())
+    assert (training.body.capacity.windows is not None) == setting.same_machine
     return Outcome(hashes(training), returns, history_of(folder) if world.is_main else [])
 
 
@@ -88,37 +114,45 @@ def history_of(folder: ModelFolder) -> list[dict]:
     return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
 
 
-def check(smooth: list[Outcome], rough: list[Outcome], places: Collection[int]) -> None:
+def check(smooth: list[Outcome], rough: list[Outcome], setting: Setting) -> None:
     """Nothing is left of the overflows, and all ranks went back to the same steps."""
+    places = {*setting.windows, *(step for steps in setting.buffers.values() for step in steps)}
     for quiet, found in zip(smooth, rough, strict=True):
         assert quiet.returns == [(step, step + 1) for step in range(20)]
         assert found.returns == rough[0].returns
-        assert {back for step, back in found.returns if back <= step} >= set(places)
+        assert {back for step, back in found.returns if back <= step} >= places
         assert found.tables == quiet.tables
     assert rough[0].history == smooth[0].history and len(smooth[0].history) >= 20
     expected = [line["expected"] for line in smooth[0].history if line["kind"] == "step"]
-    assert [loads == [64 * 48] * 2 for loads in expected[:4]] == [True, True, True, False]  # nothing is known before 3
+    known = 2 + setting.ahead  # the first step for which costs are known
+    assert [loads == [64 * 48] * 2 for loads in expected[: known + 1]] == [*[True] * known, False]
+    assert any(back == step - setting.ahead for step, back in rough[0].returns)  # read when others have been queued
 
 
-@pytest.mark.parametrize("method", ["mask", "3dgs"])
-def test_ranks_go_back_together(generated_scene: Path, tmp_path: Path, method: str) -> None:
-    """At the first step, amid quiet ones, before an edit, at a log line, at the last; on either rank, and on both."""
+ROUGH = (
+    Setting("mask", True, {0: (0, 13), 1: (6, 13, 19)}, windows=(8,)),
+    Setting("3dgs", True, {1: (13,)}, windows=(0, 6, 13, 19)),
+    Setting("mask", False, {0: (0, 13), 1: (2, 5, 7, 13, 19)}),
+)
+"""At the first step, amid quiet ones, before an edit, at a log line, at the last; on either rank, and on both."""
+
+
+@pytest.mark.parametrize("setting", ROUGH)
+def test_ranks_go_back_together(generated_scene: Path, tmp_path: Path, setting: Setting) -> None:
     for source in (*SOURCES, "rasterize_backward", "exchange"):
         make_launcher(EMULATED).kernels(source)
-    places = {0: (0, 13), 1: (2, 5, 7, 13, 19)}
-    smooth = run_ranks(trained, 2, generated_scene, tmp_path / "smooth", method, {})
-    rough = run_ranks(trained, 2, generated_scene, tmp_path / "rough", method, places)
-    check(smooth, rough, {0, 2, 5, 7, 13, 19})
-    assert any(back == step - 1 for step, back in rough[0].returns)  # a step is read when the next one is queued
+    quiet = replace(setting, buffers={}, windows=())
+    smooth = run_ranks(trained, 2, generated_scene, tmp_path / "smooth", quiet)
+    check(smooth, run_ranks(trained, 2, generated_scene, tmp_path / "rough", setting), setting)
 
 
 @pytest.mark.gpu
-def test_gpus_go_back_together(generated_scene: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", ROUGH)
+def test_gpus_go_back_together(generated_scene: Path, tmp_path: Path, setting: Setting) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs two GPUs, found {torch.cuda.device_count()}")
-    places = {0: (0, 13), 1: (2, 5, 7, 13, 19)}
-    run = [
-        run_ranks(trained, 2, generated_scene, tmp_path / name, "mask", where, device_type="cuda", seconds=240.0)
-        for name, where in (("smooth", {}), ("rough", places))
+    smooth, rough = [
+        run_ranks(trained, 2, generated_scene, tmp_path / name, where, device_type="cuda", seconds=240.0)
+        for name, where in (("smooth", replace(setting, buffers={}, windows=())), ("rough", setting))
     ]
-    check(*run, {0, 2, 5, 7, 13, 19})
+    check(smooth, rough, setting)

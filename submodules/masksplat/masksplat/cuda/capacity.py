@@ -7,10 +7,15 @@ state does anything. The host looks at the status when it likes, grows the buffe
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 STATUS_WORDS = 8
-"""int32 words of the status: overflow flag, instances needed, buckets needed, then zeros."""
+"""int32 words of the status: overflow flag, then what was needed: instances, buckets, the three of `Windows`; zeros."""
+
+MOST_NUMBERS_BACK = 10
+"""Numbers of a gradient that return for a copy, at most."""
 
 GROWTH = 1.5
 """A buffer that was too small gets this much more than was needed."""
@@ -27,16 +32,53 @@ MOST_INSTANCES = 1 << 30
 """The radix sort counts in 30 bits."""
 
 
-class Capacity:
-    """Instances and checkpointed buckets that a view may have, and the status words of one body.
+FIRST_WINDOW = 1024
+SEEN_SHARE = 4
+"""At first, a region is thought to show a quarter of all Gaussians, equally many from each rank."""
 
-    An instance is a (splat, tile) pair, a bucket 32 neighbours of a tile's list. Capacities only grow.
+WINDOW_GRAIN = 256
+"""Rows and numbers of a window are a multiple of this (`cuda.exchange.THREADS`)."""
+
+
+class Windows(NamedTuple):
+    """Room of an exchange between the ranks of one machine; equal on all of them.
+
+    rows: copies that one rank may send another. numbers: that come back for them. region_rows: splats of a region.
+    """
+
+    rows: int
+    numbers: int
+    region_rows: int
+
+    @classmethod
+    def expected(cls, num_gaussians: int, num_regions: int, num_ranks: int) -> Windows:
+        """A guess that all ranks make alike, for the Gaussians and the regions of all of them."""
+        region = num_gaussians // SEEN_SHARE
+        rows = _whole_grains(region * -(-num_regions // num_ranks) // num_ranks)
+        return cls(rows, MOST_NUMBERS_BACK * rows, _whole_grains(region))
+
+    def grown(self, needed: Windows) -> Windows:
+        """With more room where more was needed."""
+        pairs = zip(self, needed, strict=True)
+        return Windows(*(_whole_grains(int(GROWTH * need)) if need > have else have for have, need in pairs))
+
+
+def _whole_grains(count: int) -> int:
+    return -(-max(count, FIRST_WINDOW) // WINDOW_GRAIN) * WINDOW_GRAIN
+
+
+class Capacity:
+    """Instances and checkpointed buckets that a view may have, room of exchanges, and the status words of one body.
+
+    An instance is a (splat, tile) pair, a bucket 32 neighbours of a tile's list. Capacities only grow. windows: None as
+    long as nobody has asked for any.
     """
 
     def __init__(self, device: torch.device, *, instances: int = FIRST_INSTANCES, buckets: int = FIRST_BUCKETS) -> None:
         """Start with these capacities; `device` is where the kernels work."""
         self.instances = instances
         self.buckets = buckets
+        self.windows: Windows | None = None
         self.defers = False
         """True: nobody waits for the device after a view; the owner calls `recover` when it suits."""
         self.status = torch.zeros(STATUS_WORDS, dtype=torch.int32, device=device)
@@ -49,13 +91,19 @@ class Capacity:
             self.instances = max(self.instances, min(INSTANCES_PER_ROW * num_rows, MOST_INSTANCES))
             self.buckets = max(self.buckets, self.instances // INSTANCES_PER_BUCKET)
 
+    def windows_for(self, num_gaussians: int, num_regions: int, num_ranks: int) -> Windows:
+        """The room of an exchange; what it is at first follows from these, equal on all ranks."""
+        if self.windows is None:
+            self.windows = Windows.expected(num_gaussians, num_regions, num_ranks)
+        return self.windows
+
     def recover(self) -> bool:
         """Grow what was too small and clear the status; True when the work since the last call must be repeated.
 
         Raises:
             MemoryError: when a view needs more than 2^30 instances.
         """
-        overflow, instances, buckets, *_ = self.status.tolist()  # host sync: status
+        overflow, instances, buckets, *others = self.status.tolist()  # host sync: status
         if not overflow:
             return False
         if instances > MOST_INSTANCES:
@@ -67,5 +115,7 @@ class Capacity:
             self.instances = min(int(GROWTH * instances), MOST_INSTANCES)
         if buckets > self.buckets:
             self.buckets = int(GROWTH * buckets)
+        if self.windows is not None:
+            self.windows = self.windows.grown(Windows(*others[: len(self.windows)]))
         self.status.zero_()
         return True
