@@ -90,7 +90,7 @@ def train(training: Training, folder: ModelFolder, start: Start) -> bool:
         if start.checkpoint is not None:
             recorder.resume(start.checkpoint)
         late, step = LateSteps(training, recorder), training.first_step
-        with keeping_what_is_trained(training, recorder, late):
+        with keeping_what_is_trained(training, recorder, late), training.recordings():
             while step < training.stop_step:
                 step = train_step(training, recorder, late, step)
         if training.stop_step < training.num_steps:

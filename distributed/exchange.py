@@ -154,6 +154,7 @@ class ExchangePlan:
         keep: Tensor | None = None,
         id_bound: int | None = None,
         room: RoomForRows | None = None,
+        tables_at: Tensor | None = None,
     ) -> ExchangePlan:
         """The plan that brings every region of `partition` the splats it can show. All ranks call it.
 
@@ -163,7 +164,8 @@ class ExchangePlan:
         bodies whose boxes hold alpha >= 1/255; without it boxes travel. keep: see `select_rows`. id_bound: all ids are
         below it (`distributed.numbering` makes small ones), so they travel in fewer bytes. room: of windows, for ranks
         of one machine; regions may then have rows that are not in use, and when something has no room, its status says
-        so on all ranks, and what is received is empty.
+        so on all ranks, and what is received is empty. tables_at: where kernels find who draws what (`host_tables`), in
+        steps that are recorded; None: it is sent there.
         """
         if communicator.size == 1 and keep is None:
             return cls(communicator, len(splats), splats.view_offsets)
@@ -180,7 +182,7 @@ class ExchangePlan:
                 windows, status = room.windows_for(id_bound, num_regions, communicator.size), room.status
             passage = KernelPassage.for_partition(
                 communicator, splats, partition, wire=wire, sizes=sizes, keep=keep, launcher=launcher, windows=windows,
-                status=status,
+                status=status, tables_at=tables_at,
             )  # fmt: skip
         return cls(communicator, len(splats), passage.region_offsets, passage)
 

@@ -137,14 +137,16 @@ class KernelPassage:
         launcher: Launcher,
         windows: Windows | None = None,
         status: Tensor | None = None,
+        tables_at: Tensor | None = None,
     ) -> KernelPassage:
         """The way that `ExchangePlan.for_partition` describes. All ranks.
 
         Args: windows, status: room that all ranks give alike, and the words that say when it did not suffice; None: the
-        numbers of rows are read, a host sync.
+        numbers of rows are read, a host sync. tables_at: where `HostTables.packed` is on the device; None: nowhere yet.
         """
         rank, num_regions = communicator.rank, tuple(map(len, partition.regions))
-        tables = RegionTables.upload(launcher, host_tables(splats, partition, sizes, rank))
+        host = host_tables(splats.view_offsets.tolist(), partition, sizes, rank)
+        tables = RegionTables.upload(launcher, host) if tables_at is None else RegionTables.cut(tables_at, host.shape)
         copies = SentCopies.route(launcher, tables, splats, keep=keep, never_capped=OPACITY_NEVER_CAPPED)
         blocks = communicator.gather(tables.blocks)  # all ranks
         layout = arrange(launcher, tables, blocks, windows=windows, status=status)
@@ -210,13 +212,16 @@ class KernelPassage:
 
 
 def host_tables(
-    splats: Splats, partition: PixelPartition, sizes: Sequence[tuple[int, int]] | None, rank: int
+    view_offsets: Sequence[int], partition: PixelPartition, sizes: Sequence[tuple[int, int]] | None, rank: int
 ) -> HostTables:
-    """All that the kernels have to be told about a step, before it: no device is asked."""
+    """All that the kernels have to be told about a step, before it: no device is asked.
+
+    Args: view_offsets: (B + 1,), of the packed splats; sizes: (B,) of the views.
+    """
     mine = partition.regions[rank]
     return HostTables.pack(
         regions=region_table(partition, HALO),
-        view_offsets=splats.view_offsets.tolist(),
+        view_offsets=view_offsets,
         sizes=None if sizes is None else [sizes[region.view] for region in mine],
         num_regions=tuple(map(len, partition.regions)),
         rank=rank,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -75,6 +76,18 @@ class StepSettings:
     view_weight: float
 
 
+class RecordedNumbers(Protocol):
+    """What changes from step to step, on the device."""
+
+    @property
+    def factors(self) -> Tensor:
+        """(6, ADAM_FACTORS), see `masksplat.types.Optimizer`."""
+
+    @property
+    def tables(self) -> Tensor | None:
+        """int32, who draws what (`distributed.kernel_passage.host_tables`); None for one rank."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """totals: loss and counts over all ranks, not read yet. d_gate: (N,) gradient by the gate. exchanged: how much."""
@@ -91,13 +104,14 @@ def draw_and_update(
     gate: GateOfStep | None,
     settings: StepSettings,
     adam_steps: Sequence[AdamStep],
-    factors: Tensor | None = None,
+    memory: RecordedNumbers | None = None,
 ) -> StepResult:
     """Draw the batch, compare it with the photos, and update every kernel attribute of the table in place. All ranks.
 
-    Args: gate: what stands between the table and the drawing; adam_steps: one for each of KERNEL_ATTRIBUTES; factors:
-    where a GPU finds what they come to (`Optimizer.factors`).
+    Args: gate: what stands between the table and the drawing; adam_steps: one for each of KERNEL_ATTRIBUTES; memory:
+    where recorded launches find what changes from step to step; None: the host tells them.
     """
+    factors, tables_at = (None, None) if memory is None else (memory.factors, memory.tables)
     body, phases = tools.body, tools.phases
     views = batch.views
     rows = rows_for(table, body, gate)
@@ -107,8 +121,9 @@ def draw_and_update(
         splats = gaussians.project(body, views, ids)
     with phases("exchange"):
         plan = ExchangePlan.for_partition(
-            tools.communicator, splats, batch.partition, sizes=views.sizes, id_bound=bound, room=tools.room
-        )
+            tools.communicator, splats, batch.partition, sizes=views.sizes, id_bound=bound, room=tools.room,
+            tables_at=tables_at,
+        )  # fmt: skip
         received = plan.forward(splats)
     drawn = _draw_regions(tools, received, batch, settings.lambda_dssim)
     with phases("exchange"):

@@ -76,8 +76,8 @@ class PipelineConfig:
     image_cache_gb: float = flag(8.0, minimum=0.0, unit="GiB")
     """Memory for decoded 8-bit images; images beyond it are decoded again when needed."""
     cuda_graphs: bool = flag(True)
-    """On one GPU, records the launches of a step and replays them until the set of Gaussians changes; the results are
-    the same to the bit. Not with --enable_timer, which times the launches one by one."""
+    """On GPUs of one machine, records the launches of a step and replays them until the set of Gaussians changes; the
+    results are the same to the bit. Not with --enable_timer, which times the launches one by one."""
     antialiasing: bool = flag(False, source="3DGS")
     """Scales each opacity for the 0.3 pixel low-pass filter (Mip-Splatting's 2D filter); stored with the model."""
     convert_SHs_python: bool = flag(

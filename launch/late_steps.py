@@ -87,6 +87,8 @@ class LateSteps:
     def _go_back(self, step: int, watch: OverflowWatch) -> int:
         """Make room, and forget the steps from `step` on, which have changed nothing."""
         self._training.table.rewind(1 + len(self._pending))
+        if self._training.graphs is not None:
+            self._training.graphs.forget()
         self._pending.clear()
         with self._training.phases.untimed("larger buffers"):
             watch.recover()  # host sync

@@ -5,9 +5,11 @@ A step of a small scene is a millisecond of Python and half a millisecond of a G
 table every step queues the same launches on the same memory; what differs lies in `StepMemory`, and photos are copied
 to where the launches read them. The first step of a kind runs as usual, so that everything is compiled and loaded; the
 second is recorded; those that follow are replayed, to the same bits. Whatever looks at the device in the middle of a
-step is not recorded: several ranks, immediate mode, methods with factors, lazily updated rows.
+step is not recorded: ranks on several machines, immediate mode, methods with factors, lazily updated rows.
 
-Letters: B views.
+Several ranks replay their collectives, too, so all of them record the same steps: what decides is equal on all.
+
+Letters: B views, W ranks.
 """
 
 from __future__ import annotations
@@ -20,10 +22,14 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from distributed.communicator import Communicator
+from distributed.kernel_passage import host_tables
+from distributed.pixels import PixelPartition
 from gaussian_renderer.step import Batch, StepResult, draw_and_update
 from launch.bodies import STEPS_AHEAD
-from launch.step_memory import StepMemory
+from launch.step_memory import StepMemory, StepNumbersAt
 from masksplat.cuda.body import CudaBody
+from masksplat.cuda.exchange import HostTables, most_table_words
 from strategies.base import Numbers
 from strategies.schedule import Window
 
@@ -63,6 +69,9 @@ class GraphMaker(Protocol):
     def record(self, work: Callable[[], Result]) -> tuple[Graph, Result]:
         """Let `work` queue its launches into a graph, where they are not carried out; what it returned, undefined."""
 
+    def close(self) -> None:
+        """Nothing more will be recorded."""
+
 
 class DeviceGraphMaker:
     """CUDA graphs of the current device by torch's stream capture; all of them share one pool of memory.
@@ -75,7 +84,7 @@ class DeviceGraphMaker:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         # torch gives a pool up with the last graph in it; this one stays.
-        self._anchor = self.record(lambda: torch.zeros(1, device=device))
+        self._anchor: tuple[Graph, Tensor] | None = self.record(lambda: torch.zeros(1, device=device))
 
     def has_room(self) -> bool:
         """See `GraphMaker`; the largest step so far is what a step takes."""
@@ -99,15 +108,19 @@ class DeviceGraphMaker:
             graph.capture_end()
         return graph, result
 
+    def close(self) -> None:
+        """See `GraphMaker`."""
+        self._anchor = None
 
-def compute_now(training: Training, window: Window, batch: Batch, memory: StepMemory | None = None) -> Computed:
+
+def compute_now(training: Training, window: Window, batch: Batch, memory: StepNumbersAt | None = None) -> Computed:
     """Sample masks, draw, compare, update everything, on the current stream; changing numbers are read in `memory`."""
     table, strategy, seed = training.table, training.strategy, training.config.optimization.seed
-    masks, factors = (None, None) if memory is None else (memory.masks, memory.factors)
+    masks = None if memory is None else memory.masks
     with training.phases("masks"):
         gate = strategy.sample(table, window, seed, masks)
     result = draw_and_update(
-        training.tools, table, batch, gate, training.step_settings(window), training.adam_steps(window), factors
+        training.tools, table, batch, gate, training.step_settings(window), training.adam_steps(window), memory
     )
     if gate is not None:
         gate = replace(gate, num_drawn_of_all=result.totals.num_drawn)
@@ -141,68 +154,124 @@ class _Recording:
 
 
 class StepGraphs:
-    """The recordings of a training, made when they pay and forgotten when the table changes."""
+    """The recordings of a training, made when they pay and forgotten when the table changes or buffers have to grow.
 
-    def __init__(self, body: CudaBody, num_views: int, maker: GraphMaker) -> None:
-        """Args: num_views: B."""
+    A recording has buffers of the sizes that the body's capacity had when it was made.
+    """
+
+    def __init__(self, body: CudaBody, num_views: int, maker: GraphMaker, *, num_ranks: int = 1) -> None:
+        """Args: num_views: B; num_ranks: W."""
         self._body = body
         self._maker = maker
-        self._memory = StepMemory(num_views, body.device, num_behind=STEPS_AHEAD)
+        table_words = most_table_words(num_views, num_ranks)
+        self._memory = StepMemory(num_views, body.device, num_behind=STEPS_AHEAD, num_table_words=table_words)
         self._recordings: dict[Hashable, _Recording] = {}
         self._seen: set[Hashable] = set()
         self._table: Hashable = None
 
     def compute(self, training: Training, step: int, window: Window) -> Computed:
-        """The step, replayed if its kind has been recorded."""
+        """The step, replayed if its kind has been recorded. All ranks."""
+        training.number_rows()
         scaling = training.mask_scaling(window)
         mask_numbers = training.strategy.recorded_numbers(training.table, window, scaling)
-        key = None if mask_numbers is None else self._key(training, step, window, has_masks=len(mask_numbers) > 0)
-        if key is None or mask_numbers is None or not self._is_worth(key):
+        kind = None if mask_numbers is None else self._kind(training, step, window, has_masks=len(mask_numbers) > 0)
+        if kind is None or mask_numbers is None or not self._is_worth(kind, training.communicator):
             return compute_now(training, window, batch_of(training, step))
         with training.phases("photos"):
             batch = training.batch(step, views_as=self._memory.views(training.sizes(step)))
-            self._write(training, step, window, mask_numbers)
-        recording = self._recordings.get(key) or self._record(key, training, window, batch)
+            tables = _tables(training, batch)
+            self._write(training, step, window, mask_numbers, tables)
+        recording = self._recordings.get(kind) or self._record(kind, training, window, batch, tables)
         with training.phases("replay"):
             for place, photo in zip(recording.photos, batch.photos, strict=True):
                 place.copy_(photo)
             recording.graph.replay()
-        num_drawn = recording.result.totals.num_drawn
-        return Computed(recording.result, training.strategy.numbers_of(training.table, window, scaling, num_drawn))
+        result = _of_partition(recording.result, batch.partition)
+        num_drawn = result.totals.num_drawn
+        return Computed(result, training.strategy.numbers_of(training.table, window, scaling, num_drawn))
 
-    def _key(self, training: Training, step: int, window: Window, *, has_masks: bool) -> Hashable | None:
-        """What must be equal for a recording to fit; None for steps that cannot be recorded."""
-        table, capacity = training.table, self._body.capacity
+    def forget(self) -> None:
+        """Drop all recordings: buffers have to grow. All ranks, at the same step."""
+        self._recordings.clear()
+        self._seen.clear()
+
+    def close(self) -> None:
+        """Drop all recordings for good, before the process group ends that they use."""
+        self.forget()
+        self._maker.close()
+
+    def _kind(self, training: Training, step: int, window: Window, *, has_masks: bool) -> Hashable | None:
+        """What must be equal for a recording to fit; None for steps that cannot be recorded. Ranks agree on it."""
+        table = training.table
         stored = table.for_step(self._body)
-        if stored.lazy is not None or not capacity.defers or training.has_random_background:
+        if stored.lazy is not None or not self._body.defers or training.has_random_background:
             return None
         groups = (stored.params, stored.exp_avg, stored.exp_avg_sq, table.statistics)
         addresses = tuple(tensor.data_ptr() for group in groups for tensor in group.values())
         found = (len(table), table.ids.data_ptr(), addresses)
         if found != self._table:
             self._table = found
-            self._recordings.clear()
-            self._seen.clear()
+            self.forget()
+        regions: Hashable = None
         sizes = training.sizes(step)
-        return sizes, training.sh_degree(window), capacity.instances, capacity.buckets, has_masks
+        if training.communicator.size > 1:
+            partition = training.pixels.partition(step)
+            regions = (
+                tuple(
+                    tuple((sizes[region.view], region.tile_start, region.tile_stop) for region in mine)
+                    for mine in partition.regions
+                ),
+                partition.most_regions_of_a_view,
+            )
+        return sizes, training.sh_degree(window), has_masks, regions
 
-    def _is_worth(self, key: Hashable) -> bool:
-        """Whether this kind has come before, and is recorded or there is room to."""
-        if key in self._recordings:
+    def _is_worth(self, kind: Hashable, ranks: Communicator) -> bool:
+        """Whether this kind has come before, and is recorded or all ranks have room to."""
+        if kind in self._recordings:
             return True
-        if key not in self._seen:
-            self._seen.add(key)
+        if kind not in self._seen:
+            self._seen.add(kind)
             return False
-        return len(self._recordings) < MOST_RECORDINGS and self._maker.has_room()
+        if len(self._recordings) >= MOST_RECORDINGS:
+            return False
+        return all(row[0] for row in ranks.gather_counts([int(self._maker.has_room())]))  # all ranks
 
-    def _write(self, training: Training, step: int, window: Window, mask_numbers: Sequence[float]) -> None:
+    def _write(
+        self,
+        training: Training,
+        step: int,
+        window: Window,
+        mask_numbers: Sequence[float],
+        tables: HostTables | None,
+    ) -> None:
         cameras = training.cameras.numbers(training.pixels.views(step))
-        weight = training.step_settings(window).view_weight
-        self._memory.write(cameras, training.adam_steps(window), weight, mask_numbers, window.first)
+        weight, words = training.step_settings(window).view_weight, None if tables is None else tables.packed
+        self._memory.write(cameras, training.adam_steps(window), weight, mask_numbers, window.first, words)
 
-    def _record(self, key: Hashable, training: Training, window: Window, batch: Batch) -> _Recording:
+    def _record(
+        self, kind: Hashable, training: Training, window: Window, batch: Batch, tables: HostTables | None
+    ) -> _Recording:
         photos = [photo.clone() for photo in batch.photos]
-        work = replace(batch, photos=photos)
-        graph, computed = self._maker.record(lambda: compute_now(training, window, work, self._memory))
-        recording = self._recordings[key] = _Recording(graph, photos, computed.result)
+        work, memory = (
+            replace(batch, photos=photos),
+            self._memory.with_tables(0 if tables is None else len(tables.packed)),
+        )
+        graph, computed = self._maker.record(lambda: compute_now(training, window, work, memory))
+        recording = self._recordings[kind] = _Recording(graph, photos, computed.result)
         return recording
+
+
+def _tables(training: Training, batch: Batch) -> HostTables | None:
+    """Who draws what in a step, as its kernels read it; None for one rank."""
+    ranks, num_rows = training.communicator, len(training.table)
+    if ranks.size == 1:
+        return None
+    offsets = [view * num_rows for view in range(len(batch.views) + 1)]
+    return host_tables(offsets, batch.partition, batch.views.sizes, ranks.rank)
+
+
+def _of_partition(result: StepResult, partition: PixelPartition) -> StepResult:
+    """The result of a replay, read by who drew what in its own step."""
+    if result.totals.partition is partition:
+        return result
+    return replace(result, totals=replace(result.totals, partition=partition))

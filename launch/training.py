@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -168,6 +169,15 @@ class Training:
             self._plain_background = means.new_full((3,), float(self.config.model.white_background))
         return self._plain_background
 
+    @contextmanager
+    def recordings(self) -> Iterator[None]:
+        """A block behind which no recorded step is left: the process group that steps use may end then."""
+        try:
+            yield
+        finally:
+            if self.graphs is not None:
+                self.graphs.close()
+
     @property
     def steps_ahead(self) -> int:
         """Steps that are queued ahead of a GPU (`launch.late_steps`); what they change must know the status words."""
@@ -290,11 +300,16 @@ def build_training(
 
 
 def step_graphs(config: TrainConfig, body: Body, communicator: Communicator) -> StepGraphs | None:
-    """What records steps and replays them: on one GPU, unless --no_cuda_graphs or phases timed by its clock say no."""
+    """What records steps and replays them, on GPUs of one machine, which wait for nothing in a step.
+
+    None with --no_cuda_graphs, or when phases are timed by the device's clock.
+    """
     is_wanted = config.pipeline.cuda_graphs and not config.benchmark.enable_timer
-    if not is_wanted or communicator.size > 1 or not isinstance(body, CudaBody) or body.device.type != "cuda":
+    waits = communicator.size > 1 and room_of_windows(body, communicator) is None
+    if not is_wanted or waits or not isinstance(body, CudaBody) or body.device.type != "cuda":
         return None
-    return StepGraphs(body, config.optimization.bsz, DeviceGraphMaker(body.device))
+    maker = DeviceGraphMaker(body.device)
+    return StepGraphs(body, config.optimization.bsz, maker, num_ranks=communicator.size)
 
 
 def choose_batches(config: TrainConfig, num_views: int, communicator: Communicator) -> ViewSampler | LocalViews:

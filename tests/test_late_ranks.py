@@ -30,6 +30,7 @@ from masksplat.cuda.capacity import Windows
 from rank_harness import run_ranks
 from scene.model_folder import ModelFolder
 from test_cuda_exchange import exchanged_by, kernels_of
+from test_step_graphs import maker_for, record_with
 
 FLAGS = (
     *("--iterations", "40", "--bsz", "2", "--densify_from_iter", "4", "--densification_interval", "12"),
@@ -44,13 +45,15 @@ SOURCES = ("project", "project_backward", "adam", "mask", "photometric", "binnin
 class Setting:
     """same_machine: copies travel in windows. buffers: rank -> steps before which its buffers become too small.
 
-    windows: steps before which the windows of all ranks do.
+    windows: steps before which the windows of all ranks do. is_recorded: steps are recorded, and replayed until the
+    table changes; what becomes too small is noticed in those that are recorded anew.
     """
 
     method: str = "mask"
     same_machine: bool = True
     buffers: Mapping[int, Collection[int]] = field(default_factory=dict)
     windows: Collection[int] = ()
+    is_recorded: bool = False
 
     @property
     def ahead(self) -> int:
@@ -84,6 +87,8 @@ def trained(world: Communicator, source: Path, target: Path, setting: Setting) -
         if step in narrow:
             narrow.remove(step)
             capacity.windows = Windows(256, 512, 40)
+            if training.graphs is not None:
+                training.graphs.forget()
         following = one_step(training, recorder, late, step)
         returns.append((step, following))
         return following
@@ -91,12 +96,15 @@ def trained(world: Communicator, source: Path, target: Path, setting: Setting) -
     with pytest.MonkeyPatch.context() as patch, exchanged_by(launcher):
         patch.setattr(launch.training, "choose_body", lambda *_, **__: CudaBody(launcher=launcher))
         patch.setattr(train, "train_step", watched_step)
+        maker = maker_for(launcher) if setting.is_recorded else None
+        record_with(patch, maker)
         training = build_training(config, world, show_progress=False)
         training.body.capacity.instances = 1 << 12  # the emulator touches all of it in every sort
         folder = ModelFolder.create(target)
         train.train(training, folder, Start())
     assert not waiting and not narrow and not bool(training.body.capacity.status[:3].any())
     assert (training.body.capacity.windows is not None) == setting.same_machine
+    assert maker is None or sum(graph.num_replays for graph in maker.graphs) > len(maker.graphs) >= 3
     return Outcome(hashes(training), returns, history_of(folder) if world.is_main else [])
 
 
@@ -156,3 +164,39 @@ def test_gpus_go_back_together(generated_scene: Path, tmp_path: Path, setting: S
         for name, where in (("smooth", replace(setting, buffers={}, windows=())), ("rough", setting))
     ]
     check(smooth, rough, setting)
+
+
+RECORDED = Setting("mask", True, {0: (0, 7, 8), 1: (13, 14)}, windows=(4, 16), is_recorded=True)
+"""Windows of all ranks; buffers of one rank in steps that follow an edit, where recordings are made."""
+
+
+def check_recorded(queued: list[Outcome], recorded: list[Outcome]) -> None:
+    """The same tables and decisions, whether or not steps went back on the way; all ranks went back together."""
+    for quiet, found in zip(queued, recorded, strict=True):
+        assert found.returns == recorded[0].returns
+        assert found.tables == quiet.tables
+    assert recorded[0].history == queued[0].history
+
+
+def test_recorded_steps_of_ranks_leave_the_same_bits(generated_scene: Path, tmp_path: Path) -> None:
+    """Without masks, which have another body on the CPU."""
+    for source in (*SOURCES, "rasterize_backward", "exchange"):
+        make_launcher(EMULATED).kernels(source)
+    plain = Setting("3dgs")
+    queued = run_ranks(trained, 2, generated_scene, tmp_path / "queued", plain)
+    for name, setting in (("smooth", replace(plain, is_recorded=True)), ("rough", replace(RECORDED, method="3dgs"))):
+        check_recorded(queued, run_ranks(trained, 2, generated_scene, tmp_path / name, setting))
+
+
+@pytest.mark.gpu
+def test_recorded_steps_of_gpus_leave_the_same_bits(generated_scene: Path, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two GPUs, found {torch.cuda.device_count()}")
+    settings = {"queued": Setting(), "smooth": Setting(is_recorded=True), "rough": RECORDED}
+    queued, smooth, rough = [
+        run_ranks(trained, 2, generated_scene, tmp_path / name, setting, device_type="cuda", seconds=240.0)
+        for name, setting in settings.items()
+    ]
+    check_recorded(queued, smooth)
+    check_recorded(queued, rough)
+    assert any(back <= step for step, back in rough[0].returns)

@@ -19,7 +19,10 @@ import masksplat.cuda.devices
 import masksplat.masks
 import strategies.mask
 from cuda_launchers import launchers, make_launcher
+from distributed.communicator import Communicator
+from launch.config import TrainConfig
 from launch.step_graphs import Computed, DeviceGraphMaker, Graph, GraphMaker, StepGraphs
+from masksplat.cuda.body import CudaBody
 from masksplat.cuda.launcher import Launcher
 from masksplat.types import Counted
 from test_late_steps import assert_same, built, trained
@@ -54,6 +57,9 @@ class CallingMaker:
 
     def has_room(self) -> bool:
         return True
+
+    def close(self) -> None:
+        pass
 
     def record(self, work: Callable[[], Computed]) -> tuple[Graph, Computed]:
         self.graphs.append(CalledAgain(work, work()))
@@ -95,13 +101,13 @@ def maker_for(launcher: Launcher) -> CallingMaker | CountingMaker:
     return CountingMaker(launcher.device) if launcher.device.type == "cuda" else CallingMaker()
 
 
-def recording(monkeypatch: pytest.MonkeyPatch, maker: GraphMaker | None) -> None:
+def record_with(monkeypatch: pytest.MonkeyPatch, maker: GraphMaker | None) -> None:
     """Let trainings that are built from now on record with `maker`, or not at all."""
-    monkeypatch.setattr(
-        launch.training,
-        "step_graphs",
-        lambda config, body, _: None if maker is None else StepGraphs(body, config.optimization.bsz, maker),
-    )
+
+    def graphs(config: TrainConfig, body: CudaBody, ranks: Communicator) -> StepGraphs | None:
+        return None if maker is None else StepGraphs(body, config.optimization.bsz, maker, num_ranks=ranks.size)
+
+    monkeypatch.setattr(launch.training, "step_graphs", graphs)
 
 
 METHODS: Sequence[tuple[str, ...]] = (
@@ -120,10 +126,10 @@ def test_replayed_steps_leave_the_same_bits(
     """Tables and logs; with edits, rising degrees of harmonics, learning rates that fall, and evaluations between."""
     flags = ("--prune_method", *method)
     monkeypatch.setattr(launch.training, "SH_DEGREE_INTERVAL", 14)
-    recording(monkeypatch, None)
+    record_with(monkeypatch, None)
     queued = trained(monkeypatch, launcher, generated_scene, tmp_path / "queued", *flags)
     maker = maker_for(launcher)
-    recording(monkeypatch, maker)
+    record_with(monkeypatch, maker)
     replayed = trained(monkeypatch, launcher, generated_scene, tmp_path / "replayed", *flags)
     assert sum(graph.num_replays for graph in maker.graphs) > len(maker.graphs) >= 3
     assert_same(replayed, queued)
@@ -132,41 +138,42 @@ def test_replayed_steps_leave_the_same_bits(
 def test_steps_that_go_back_are_replayed_too(
     monkeypatch: pytest.MonkeyPatch, launcher: Launcher, generated_scene: Path, tmp_path: Path
 ) -> None:
-    """A buffer that turns out too small, in a step that was queued and in one that was replayed."""
-    recording(monkeypatch, None)
+    """A buffer that turns out too small, in steps that are queued and in those that are recorded and replayed."""
+    record_with(monkeypatch, None)
     smooth = trained(monkeypatch, launcher, generated_scene, tmp_path / "smooth")
-    recording(monkeypatch, maker_for(launcher))
-    rough = trained(monkeypatch, launcher, generated_scene, tmp_path / "rough", too_small_at={0, 6, 11, 20, 35, 43})
+    record_with(monkeypatch, maker_for(launcher))
+    rough = trained(
+        monkeypatch, launcher, generated_scene, tmp_path / "rough", too_small_at={0, 1, 6, 12, 13, 14, 15, 25, 27, 43}
+    )
     assert_same(rough, smooth)
 
 
 def test_only_what_stays_is_replayed(
     monkeypatch: pytest.MonkeyPatch, launcher: Launcher, generated_scene: Path, tmp_path: Path
 ) -> None:
-    """The key of a recording follows the table's tensors, the buffers and the degree; random backgrounds have none."""
+    """What a recording is for follows the table's tensors and the degree; steps that are not deferred have none."""
     maker = maker_for(launcher)
-    recording(monkeypatch, maker)
+    record_with(monkeypatch, maker)
     training = built(monkeypatch, launcher, generated_scene, tmp_path / "m")
     training.body.defers = True
     graphs, window = training.graphs, training.window(0)
-    key = graphs._key(training, 0, window, has_masks=True)
-    assert key == graphs._key(training, 1, training.window(1), has_masks=True)
-    assert not graphs._is_worth(key) and graphs._is_worth(key)
-    training.body.capacity.buckets += 1
-    assert graphs._key(training, 0, window, has_masks=True) != key
-    training.body.capacity.buckets -= 1
+    ranks, kind = training.communicator, graphs._kind(training, 0, window, has_masks=True)
+    assert kind == graphs._kind(training, 1, training.window(1), has_masks=True)
+    assert kind != graphs._kind(training, 999, training.window(999), has_masks=True)  # another degree
+    assert not graphs._is_worth(kind, ranks) and graphs._is_worth(kind, ranks)
+    graphs.forget()
+    assert not graphs._is_worth(kind, ranks) and graphs._is_worth(kind, ranks)
     training.table.params["means"] = training.table.params["means"].clone()
-    assert graphs._key(training, 0, window, has_masks=True) == key
-    assert not graphs._is_worth(key)  # other tensors: it has to come once before it is recorded
+    assert graphs._kind(training, 0, window, has_masks=True) == kind
+    assert not graphs._is_worth(kind, ranks)  # other tensors: it has to come once before it is recorded
     training.body.defers = False
-    assert graphs._key(training, 0, window, has_masks=True) is None
-    assert not built(monkeypatch, launcher, generated_scene, tmp_path / "n", "--random_background").graphs._recordings
+    assert graphs._kind(training, 0, window, has_masks=True) is None
 
 
 def test_a_random_background_is_not_recorded(
     monkeypatch: pytest.MonkeyPatch, launcher: Launcher, generated_scene: Path, tmp_path: Path
 ) -> None:
     maker = maker_for(launcher)
-    recording(monkeypatch, maker)
+    record_with(monkeypatch, maker)
     trained(monkeypatch, launcher, generated_scene, tmp_path / "m", "--random_background")
     assert not maker.graphs
