@@ -4,7 +4,8 @@
 A step of a small scene is a millisecond of Python and half a millisecond of a GPU's work. Between two edits of the
 table every step queues the same launches on the same memory; what differs lies in `StepMemory`, and photos are copied
 to where the launches read them. The first step of a kind runs as usual, so that everything is compiled and loaded; the
-second is recorded; those that follow are replayed, to the same bits. Whatever looks at the device in the middle of a
+second is recorded; those that follow are replayed, to the same bits. A kind that has been replayed is recorded at once
+after the next edit. Whatever looks at the device in the middle of a
 step is not recorded: ranks on several machines, immediate mode, methods with factors, lazily updated rows.
 
 Several ranks replay their collectives, too, so all of them record the same steps: what decides is equal on all.
@@ -167,6 +168,7 @@ class StepGraphs:
         self._memory = StepMemory(num_views, body.device, num_behind=STEPS_AHEAD, num_table_words=table_words)
         self._recordings: dict[Hashable, _Recording] = {}
         self._seen: set[Hashable] = set()
+        self._recurring: set[Hashable] = set()  # have been replayed, also before an edit
         self._table: Hashable = None
 
     def compute(self, training: Training, step: int, window: Window) -> Computed:
@@ -226,10 +228,11 @@ class StepGraphs:
         return sizes, training.sh_degree(window), has_masks, regions
 
     def _is_worth(self, kind: Hashable, ranks: Communicator) -> bool:
-        """Whether this kind has come before, and is recorded or all ranks have room to."""
+        """Whether this kind comes again and again, and is recorded or all ranks have room to."""
         if kind in self._recordings:
+            self._recurring.add(kind)
             return True
-        if kind not in self._seen:
+        if kind not in self._seen and kind not in self._recurring:
             self._seen.add(kind)
             return False
         if len(self._recordings) >= MOST_RECORDINGS:

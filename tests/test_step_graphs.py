@@ -166,6 +166,10 @@ def test_only_what_stays_is_replayed(
     training.table.params["means"] = training.table.params["means"].clone()
     assert graphs._kind(training, 0, window, has_masks=True) == kind
     assert not graphs._is_worth(kind, ranks)  # other tensors: it has to come once before it is recorded
+    graphs._recordings[kind] = None
+    assert graphs._is_worth(kind, ranks)
+    graphs.forget()
+    assert graphs._is_worth(kind, ranks)  # at once: it has been replayed before
     training.body.defers = False
     assert graphs._kind(training, 0, window, has_masks=True) is None
 
