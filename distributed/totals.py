@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -77,16 +78,18 @@ class StepNumbers:
     def pairs(self) -> tuple[np.ndarray, ...]:
         """For each view, (tile rows,) int64 pairs in its own rows."""
         heights = self.partition.heights
-        found = tuple(np.zeros(num_tile_rows(height), np.int64) for height in heights)
+        found: list[list[np.ndarray]] = [[] for _ in heights]
+        parts = []
         for mine, each in zip(self.partition.regions, self.of_ranks, strict=True):
             first = 0
             for region in mine:
                 height = heights[region.view]
                 last = first + region.frame_rows(height)
-                own = region.own_pairs(each.pairs[first:last], height)
-                found[region.view][region.tile_start : region.tile_stop] = own
+                parts.append((region.tile_start, region.view, region.own_pairs(each.pairs[first:last], height)))
                 first = last
-        return found
+        for _, view, own in sorted(parts, key=itemgetter(0)):
+            found[view].append(own)
+        return tuple(of_view[0] if len(of_view) == 1 else np.concatenate(of_view) for of_view in found)
 
     def image_loss(self, lambda_dssim: float) -> float:
         """(1 - lambda) L1 + lambda (1 - SSIM)."""
@@ -165,10 +168,10 @@ class StepTotals:
         num_drawn, has_overflow, of_ranks = 0, False, []
         for rank, row in enumerate(fetched.numpy().copy()):  # the memory is not ours to keep
             rows, drawn, status, losses, pairs, splats = _cut(row, self._sizes(rank))
-            num_drawn += int(drawn.view(np.int64).sum())
-            has_overflow |= bool(status.view(np.int32)[:1].any())
-            first, second = losses.view(np.float64).reshape(-1, NUM_LOSSES).T.tolist()
-            l1, ssim = l1 + sum(first), ssim + sum(second)  # in the order of ranks and regions
+            num_drawn += int(drawn.view(np.int64)[0]) if len(drawn) else 0
+            has_overflow |= len(status) > 0 and bool(status.view(np.int32)[0])
+            terms = losses.view(np.float64).tolist()
+            l1, ssim = l1 + sum(terms[::NUM_LOSSES]), ssim + sum(terms[1::NUM_LOSSES])  # by ranks, regions
             num_rows = int(rows.view(np.int64)[0]) if len(rows) else self.num_rows
             of_ranks.append(RankNumbers(num_rows, pairs.view(np.int64), splats.view(np.int32)))
         num_views = len(self.partition.heights)
