@@ -21,11 +21,19 @@ import torch
 from torch import Tensor
 
 from distributed.communicator import Communicator
-from distributed.pixels import PixelPartition, num_tile_rows
+from distributed.pixels import PixelPartition
+from masksplat.cuda.devices import launcher_of
+from masksplat.cuda.launcher import Launcher
+from masksplat.cuda.rank_numbers import combine_numbers, pack_numbers
 
 NUM_LOSSES = 2
 WORD, COUNT = 8, 4
 """Bytes of a float64 or int64, and of an int32."""
+
+
+def kernels_for(values: Tensor) -> Launcher | None:
+    """What launches the kernels that pack the numbers of a step; None where torch operations have to do."""
+    return launcher_of(values.device) if values.device.type == "cuda" else None
 
 
 class RankNumbers(NamedTuple):
@@ -67,7 +75,7 @@ class StepNumbers:
     @cached_property
     def owned(self) -> np.ndarray:
         """(B, W) int64 splats that each rank has of each view."""
-        return np.stack([each.num_splats for each in self.of_ranks], axis=1).astype(np.int64)
+        return np.array([each.num_splats for each in self.of_ranks], np.int64).T
 
     @property
     def num_splats(self) -> int:
@@ -132,22 +140,35 @@ class StepTotals:
         first gets the largest of all ranks.
         """
         status_bytes = status.numel() * COUNT if status is not None else 0
+        found = cls(partition, num_splats, num_rows, num_drawn, status_bytes)
+        launcher = kernels_for(num_splats)
+        if communicator.size > 1 and launcher is not None:
+            own = pack_numbers(
+                launcher, found._num_words, num_rows=num_rows, num_drawn=num_drawn, status=status, losses=losses,
+                pairs=pairs, num_splats=num_splats,
+            )  # fmt: skip
+            words = communicator.gather(own)  # all ranks
+            num_drawn = combine_numbers(launcher, words, has_drawn=num_drawn is not None, status=status)
+            return replace(found, values=words.view(torch.uint8), num_drawn=num_drawn)
         optional = [part for part in (num_drawn, status) if part is not None]
         parts = [_bytes(part) for part in (*optional, *losses, *pairs, num_splats)]
         if communicator.size == 1:  # few operations for a GPU's host, which knows how many rows there are
-            return cls(partition, torch.cat(parts)[None], num_rows, num_drawn, status_bytes)
-        found = cls(partition, num_splats, num_rows, num_drawn, status_bytes)
+            return replace(found, values=torch.cat(parts)[None])
         parts.insert(0, _bytes(num_splats.new_full((1,), num_rows, dtype=torch.int64)))
-        lengths = [sum(found._sizes(rank)) for rank in range(communicator.size)]
-        own = parts[0].new_empty(-(-max(lengths) // WORD) * WORD)
-        torch.cat(parts, out=own[: lengths[communicator.rank]])
-        values = communicator.gather(own)  # all ranks
+        padded = parts[0].new_empty(WORD * found._num_words)
+        torch.cat(parts, out=padded[: sum(found._sizes(communicator.rank))])
+        values = communicator.gather(padded)  # all ranks
         behind_drawn = WORD if num_drawn is None else 2 * WORD
         if status is not None:
             stops = values[:, behind_drawn : behind_drawn + COUNT].view(torch.int32)
             status[:1].copy_(stops.amax())
         all_drawn = None if num_drawn is None else values[:, WORD:behind_drawn].view(torch.int64).sum()
         return replace(found, values=values, num_drawn=all_drawn)
+
+    @property
+    def _num_words(self) -> int:
+        """Of the rank that brings most."""
+        return -(-max(sum(self._sizes(rank)) for rank in range(self.partition.num_ranks)) // WORD)
 
     def _sizes(self, rank: int) -> tuple[int, ...]:
         """Bytes of what a rank brings, in this order: its Gaussians, its masks that are 1, its status words, the two

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import distributed.exchange
+import distributed.totals
 from cuda_launchers import EMULATED, make_launcher
 from distributed.communicator import Communicator
 from distributed.exchange import ExchangePlan
@@ -39,17 +40,17 @@ ROOM = 40
 
 @contextmanager
 def exchanged_by(launcher: Launcher | None) -> Iterator[None]:
-    """A block in which every exchange of float32 goes through this launcher, or through torch operations."""
-    before = distributed.exchange.kernels_for
+    """A block in which every exchange of float32, and the numbers of a step, go through this launcher, or torch."""
+    before, before_totals = distributed.exchange.kernels_for, distributed.totals.kernels_for
 
     def chosen(splats: Splats) -> Launcher | None:
         return launcher if splats.rows.dtype == torch.float32 else None
 
-    distributed.exchange.kernels_for = chosen
+    distributed.exchange.kernels_for, distributed.totals.kernels_for = chosen, lambda _: launcher
     try:
         yield
     finally:
-        distributed.exchange.kernels_for = before
+        distributed.exchange.kernels_for, distributed.totals.kernels_for = before, before_totals
 
 
 def kernels_of(world: Communicator) -> Launcher:
