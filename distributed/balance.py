@@ -14,8 +14,9 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
+from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise, permutations
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +42,12 @@ COST_DELAY = 2
 
 PIXEL_COST = 1
 """Cost of a pixel without any splat (background and loss), in pairs."""
+
+MOST_RANKS_TO_TRY = 3
+"""Parts are given to up to as many ranks by trying all orders."""
+
+REMEMBERED = 256
+"""Partitions into whole views that are kept."""
 
 
 def assign_whole_views(costs: Sequence[int], num_ranks: int) -> list[int]:
@@ -159,9 +166,15 @@ def grendel_cuts(costs: Sequence[int], num_parts: int, borders: Sequence[int]) -
     return cuts
 
 
-def match_parts_to_ranks(affinity: np.ndarray) -> list[int]:
+def match_parts_to_ranks(affinity: Sequence[Sequence[int]] | np.ndarray) -> list[int]:
     """Rank of each part, so that the sum of affinity (W parts, W ranks) is largest; whole numbers, ties by order."""
-    _, ranks = linear_sum_assignment(-affinity)
+    if len(affinity) <= MOST_RANKS_TO_TRY:  # one best order is what the search finds, too; it takes ten times as long
+        orders = list(permutations(range(len(affinity))))
+        sums = [sum(affinity[part][rank] for part, rank in enumerate(order)) for order in orders]
+        largest = max(sums)
+        if sums.count(largest) == 1:
+            return list(orders[sums.index(largest)])
+    _, ranks = linear_sum_assignment(-np.asarray(affinity))
     return [int(rank) for rank in ranks]
 
 
@@ -170,54 +183,111 @@ def loads_of(partition: PixelPartition, costs: Sequence[np.ndarray]) -> list[int
     return [sum(int(costs[r.view][r.tile_start : r.tile_stop].sum()) for r in mine) for mine in partition.regions]
 
 
+class RowCosts:
+    """What the rows of tiles of a view cost. rows: (tile rows,) int64, which nobody changes; total: their sum."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        """See the class."""
+        self.rows = rows
+        self.total = int(rows.sum())
+
+    @cached_property
+    def prefix(self) -> list[int]:
+        """(tile rows + 1,) the cost of the rows before each."""
+        return [0, *accumulate(self.rows.tolist())]
+
+    def between(self, start: int, stop: int) -> int:
+        """The cost of the rows [start, stop)."""
+        return self.total if stop - start == len(self.rows) else self.prefix[stop] - self.prefix[start]
+
+
+class _Piece(NamedTuple):
+    """Rows of tiles [start, stop) of a view of the batch."""
+
+    view: int
+    start: int
+    stop: int
+
+
 def partition_batch(
     heights: Sequence[int],
-    costs: Sequence[np.ndarray],
+    costs: Sequence[np.ndarray | RowCosts],
     num_ranks: int,
     *,
     rule: str = "balanced",
-    affinity: np.ndarray | None = None,
+    affinity: Sequence[Sequence[int]] | np.ndarray | None = None,
 ) -> PixelPartition:
     """The regions of every rank for one batch: a pure function.
 
     Args: heights: (B,) pixels; costs: for each view, (tile rows,) int64 >= 0; affinity: (B, W) int64, how many of the
     splats that view b shows rank r owns (loads come first, this breaks the symmetry of ranks); rule: one of RULES.
     """
-    rows = np.concatenate(costs).tolist()
-    borders = list(accumulate(len(view) for view in costs))
+    views = [view if isinstance(view, RowCosts) else RowCosts(view) for view in costs]
+    borders = list(accumulate(len(view.rows) for view in views))
     if rule == "equal_rows":
-        return PixelPartition.of_cuts(heights, equal_row_cuts(len(rows), num_ranks), range(num_ranks))
+        return PixelPartition.of_cuts(heights, equal_row_cuts(borders[-1], num_ranks), range(num_ranks))
     if rule == "grendel":
-        return PixelPartition.of_cuts(heights, grendel_cuts(rows, num_ranks, borders), range(num_ranks))
+        return PixelPartition.of_cuts(heights, grendel_cuts(_all_rows(views), num_ranks, borders), range(num_ranks))
     if rule != "balanced":
         raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}")
-    largest, parts = math.inf, [0]
-    if len(costs) >= num_ranks:
-        totals = [int(view.sum()) for view in costs]
+    totals, largest, parts = [view.total for view in views], math.inf, [0]
+    if len(views) >= num_ranks:
         parts = assign_whole_views(totals, num_ranks)
-        largest = max(sum(total for total, part in zip(totals, parts, strict=True) if part == k) for k in set(parts))
-    if largest > WHOLE_VIEW_TOLERANCE * sum(rows) / num_ranks:  # strips take longer to find
-        strips = PixelPartition.of_cuts(heights, balanced_cuts(rows, num_ranks, borders), range(num_ranks))
-        if largest > max(loads_of(strips, costs)):
-            return _matched(strips, costs, affinity)
-    return _matched(PixelPartition.of_whole_views(heights, parts, num_ranks), costs, affinity)
+        loads = [0] * num_ranks
+        for total, part in zip(totals, parts, strict=True):
+            loads[part] += total
+        largest = max(loads)
+    if largest > WHOLE_VIEW_TOLERANCE * sum(totals) / num_ranks:  # strips take longer to find
+        cuts = balanced_cuts(_all_rows(views), num_ranks, borders)
+        pieces = _pieces(borders, cuts)
+        if largest > max(sum(views[view].between(start, stop) for view, start, stop in part) for part in pieces):
+            return PixelPartition.of_cuts(heights, cuts, _ranks_of(pieces, views, affinity))
+    pieces = [[] for _ in range(num_ranks)]
+    for view, part in enumerate(parts):
+        pieces[part].append(_Piece(view, 0, len(views[view].rows)))
+    ranks = _ranks_of(pieces, views, affinity)
+    return _whole_views(tuple(heights), tuple([ranks[part] for part in parts]), num_ranks)
 
 
-def _matched(partition: PixelPartition, costs: Sequence[np.ndarray], affinity: np.ndarray | None) -> PixelPartition:
-    """The same parts, each at the rank that owns most of what it shows."""
+def _all_rows(views: Sequence[RowCosts]) -> list[int]:
+    return [cost for view in views for cost in view.rows.tolist()]
+
+
+@lru_cache(REMEMBERED)
+def _whole_views(heights: tuple[int, ...], rank_of_view: tuple[int, ...], num_ranks: int) -> PixelPartition:
+    return PixelPartition.of_whole_views(heights, rank_of_view, num_ranks)
+
+
+def _pieces(borders: Sequence[int], cuts: Sequence[int]) -> list[list[_Piece]]:
+    """What the parts between cuts are made of; borders: where views end among all rows."""
+    bounds, pieces = [0, *cuts, borders[-1]], []
+    for first, last in pairwise(bounds):
+        part, start = [], 0
+        for view, stop in enumerate(borders):
+            if max(first, start) < min(last, stop):
+                part.append(_Piece(view, max(first, start) - start, min(last, stop) - start))
+            start = stop
+        pieces.append(part)
+    return pieces
+
+
+def _ranks_of(
+    parts: Sequence[Sequence[_Piece]], views: Sequence[RowCosts], affinity: Sequence[Sequence[int]] | np.ndarray | None
+) -> list[int]:
+    """Rank of each part: the one that owns most of what the part shows."""
+    num_ranks = len(parts)
     if affinity is None:
-        return partition
-    num_ranks = partition.num_ranks
-    gain = np.zeros((num_ranks, num_ranks), np.int64)
-    for part, regions in enumerate(partition.regions):
-        for region in regions:
-            view = costs[region.view]
-            share = int(view[region.tile_start : region.tile_stop].sum())
-            gain[part] += affinity[region.view] * share // max(int(view.sum()), 1)
-    regions_of_rank = [partition.regions[0]] * num_ranks
-    for part, rank in enumerate(match_parts_to_ranks(gain)):
-        regions_of_rank[rank] = partition.regions[part]
-    return PixelPartition(partition.heights, tuple(regions_of_rank))
+        return list(range(num_ranks))
+    owned = affinity.tolist() if isinstance(affinity, np.ndarray) else affinity
+    gains = []
+    for part in parts:
+        gain = [0] * num_ranks
+        for view, start, stop in part:
+            share, total = views[view].between(start, stop), max(views[view].total, 1)
+            for rank, count in enumerate(owned[view]):
+                gain[rank] += count * share // total
+        gains.append(gain)
+    return match_parts_to_ranks(gains)
 
 
 class LoadBalancer:
@@ -235,7 +305,10 @@ class LoadBalancer:
         self.num_ranks, self.rule, self.delay = num_ranks, rule, delay
         self._widths = tuple(width for width, _ in sizes)
         self._pairs: dict[int, np.ndarray] = {}
-        self._owned: dict[int, np.ndarray] = {}
+        self._owned: dict[int, list[int]] = {}
+        self._pixels: dict[tuple[int, int], RowCosts] = {}  # of a size of views
+        self._costs: dict[int, RowCosts] = {}  # of views whose pairs are known
+        self._all_pairs = self._all_pixels = 0  # of these views
         self._waiting: list[_Observation] = []
         self._newest = -1  # the last step that was shared out
 
@@ -243,24 +316,40 @@ class LoadBalancer:
         """The partition of the batch of `step`; equal on all ranks that observed the same."""
         self._newest = max(self._newest, step)
         while self._waiting and self._waiting[0].step + self.delay <= step:
-            due = self._waiting.pop(0)
-            self._pairs.update(due.pairs)
-            self._owned.update(due.owned)
+            self._learn(self._waiting.pop(0))
         heights = [self.heights[view] for view in views]
-        costs = [self.costs(view) for view in views]
-        nobody = np.zeros(self.num_ranks, np.int64)
-        affinity = np.stack([self._owned.get(view, nobody) for view in views])
-        return partition_batch(heights, costs, self.num_ranks, rule=self.rule, affinity=affinity)
+        nobody = [0] * self.num_ranks
+        affinity = [self._owned.get(view, nobody) for view in views]
+        return partition_batch(heights, self.row_costs(views), self.num_ranks, rule=self.rule, affinity=affinity)
 
     def costs(self, view: int) -> np.ndarray:
         """(tile rows,) int64 >= 1: pairs when last counted, or the mean density of known views, and the pixels."""
-        pixels = self._pixels(view)
-        pairs = self._pairs.get(view)
-        if pairs is None:
-            known_pairs = sum(int(values.sum()) for values in self._pairs.values())
-            known_pixels = sum(int(self._pixels(known).sum()) for known in self._pairs)
-            pairs = pixels * known_pairs // max(known_pixels, 1)
-        return pairs + PIXEL_COST * pixels
+        return self._cost_of(view).rows
+
+    def row_costs(self, views: Sequence[int]) -> list[RowCosts]:
+        """`costs` of some views."""
+        return [self._cost_of(view) for view in views]
+
+    def _cost_of(self, view: int) -> RowCosts:
+        known = self._costs.get(view)
+        if known is None:
+            pixels, pairs = self._pixels_of(view).rows, self._pairs.get(view)
+            if pairs is None:
+                return RowCosts(pixels * self._all_pairs // max(self._all_pixels, 1) + PIXEL_COST * pixels)
+            known = self._costs[view] = RowCosts(pairs + PIXEL_COST * pixels)
+        return known
+
+    def _learn(self, due: _Observation) -> None:
+        """Costs of a step count from now on."""
+        for view, pairs in due.pairs.items():
+            before = self._pairs.get(view)
+            if before is None:
+                self._all_pixels += self._pixels_of(view).total
+            self._all_pairs += int(pairs.sum()) - (0 if before is None else int(before.sum()))
+            self._pairs[view] = pairs
+            self._costs.pop(view, None)
+        for view, owned in due.owned.items():
+            self._owned[view] = owned.tolist()
 
     def observe(
         self, step: int, pairs: Mapping[int, np.ndarray], owned: Mapping[int, np.ndarray] | None = None
@@ -288,7 +377,7 @@ class LoadBalancer:
         """Everything that later partitions depend on, as JSON can hold it (`restore`)."""
         return {
             "num_ranks": self.num_ranks,
-            "known": [_plain(self._pairs), _plain(self._owned)],
+            "known": [_plain(self._pairs), [[view, list(owned)] for view, owned in self._owned.items()]],
             "waiting": [[seen.step, _plain(seen.pairs), _plain(seen.owned)] for seen in self._waiting],
         }
 
@@ -301,14 +390,17 @@ class LoadBalancer:
         self._waiting = []
         for step, pairs, owned in [[-1, *plain["known"]], *plain["waiting"]]:
             self.observe(int(step), _unplain(pairs), _unplain(owned if same_ranks else []))
-        known = self._waiting.pop(0)
-        self._pairs, self._owned = known.pairs, known.owned
+        self._pairs, self._owned, self._costs = {}, {}, {}
+        self._all_pairs = self._all_pixels = 0
+        self._learn(self._waiting.pop(0))
 
-    def _pixels(self, view: int) -> np.ndarray:
-        """(tile rows,) int64 pixels in each."""
-        height = self.heights[view]
-        starts = TILE * np.arange(num_tile_rows(height), dtype=np.int64)
-        return np.minimum(height - starts, TILE) * self._widths[view]
+    def _pixels_of(self, view: int) -> RowCosts:
+        """The pixels in each row of tiles."""
+        height, width = size = self.heights[view], self._widths[view]
+        if size not in self._pixels:
+            starts = TILE * np.arange(num_tile_rows(height), dtype=np.int64)
+            self._pixels[size] = RowCosts(np.minimum(height - starts, TILE) * width)
+        return self._pixels[size]
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,7 +413,7 @@ class _Observation:
 
 
 def _whole(counts: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
-    return {view: values.astype(np.int64) for view, values in counts.items()}
+    return {view: np.asarray(values, np.int64) for view, values in counts.items()}
 
 
 def _plain(counts: Mapping[int, np.ndarray]) -> list[list[object]]:

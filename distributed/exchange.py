@@ -29,6 +29,7 @@ from distributed.routes import LateRoutes, Routes, numbers_back
 from distributed.torch_passage import TorchPassage
 from distributed.wire import Wire
 from masksplat.cuda.capacity import Windows
+from masksplat.cuda.exchange import RegionTables
 from masksplat.types import Splats
 
 COUNT_BYTES = 4
@@ -154,7 +155,7 @@ class ExchangePlan:
         keep: Tensor | None = None,
         id_bound: int | None = None,
         room: RoomForRows | None = None,
-        tables_at: Tensor | None = None,
+        tables: RegionTables | None = None,
     ) -> ExchangePlan:
         """The plan that brings every region of `partition` the splats it can show. All ranks call it.
 
@@ -164,8 +165,8 @@ class ExchangePlan:
         bodies whose boxes hold alpha >= 1/255; without it boxes travel. keep: see `select_rows`. id_bound: all ids are
         below it (`distributed.numbering` makes small ones), so they travel in fewer bytes. room: of windows, for ranks
         of one machine; regions may then have rows that are not in use, and when something has no room, its status says
-        so on all ranks, and what is received is empty. tables_at: where kernels find who draws what (`host_tables`), in
-        steps that are recorded; None: it is sent there.
+        so on all ranks, and what is received is empty. tables: what kernels read of all this, if it is on the device
+        already (`distributed.kernel_passage.host_tables`), with zeros where copies are counted.
         """
         if communicator.size == 1 and keep is None:
             return cls(communicator, len(splats), splats.view_offsets)
@@ -182,7 +183,7 @@ class ExchangePlan:
                 windows, status = room.windows_for(id_bound, num_regions, communicator.size), room.status
             passage = KernelPassage.for_partition(
                 communicator, splats, partition, wire=wire, sizes=sizes, keep=keep, launcher=launcher, windows=windows,
-                status=status, tables_at=tables_at,
+                status=status, tables=tables,
             )  # fmt: skip
         return cls(communicator, len(splats), passage.region_offsets, passage)
 

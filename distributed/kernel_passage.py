@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -41,6 +42,9 @@ from masksplat.cuda.exchange import (
 )
 from masksplat.cuda.launcher import Launcher
 from masksplat.types import Splats
+
+REMEMBERED = 64
+"""Tables and sizes that are kept: whole views are shared out in few ways."""
 
 
 def kernels_for(splats: Splats) -> Launcher | None:
@@ -88,8 +92,8 @@ class HostNumbers:
         offsets = values[num_sums:last].to(torch.int64)
         blocks = values[last:].view(num_ranks, -1).numpy().astype(np.int64)
         return cls(
-            Extents(to_each, from_each, own_rows),
-            Extents(returning, returned, own_numbers),
+            Extents.of(to_each, from_each, own_rows),
+            Extents.of(returning, returned, own_numbers),
             offsets,
             num_received,
             Routes(rank, blocks, num_regions),
@@ -98,19 +102,21 @@ class HostNumbers:
     @classmethod
     def of_windows(cls, windows: Windows, layout: Layout, rank: int, num_regions: tuple[int, ...]) -> HostNumbers:
         """Windows between this rank and each other one; its own has room for all that its regions may show."""
-        num_ranks, own_regions = len(num_regions), num_regions[rank]
-        rows, numbers = [windows.rows] * num_ranks, [windows.numbers] * num_ranks
-        rows[rank] = numbers[rank] = 0
-        num_received = windows.region_rows * own_regions
-        offsets = torch.arange(own_regions + 1, dtype=torch.int64) * windows.region_rows
-        return cls(
-            Extents(rows, rows, num_received),
-            Extents(numbers, numbers, MOST_NUMBERS_BACK * num_received),
-            offsets,
-            num_received,
-            LateRoutes(rank, layout.for_host, num_regions),
-            windows,
-        )
+        num_received = windows.region_rows * num_regions[rank]
+        rows, numbers, offsets = _sizes_of_windows(windows, rank, len(num_regions), num_regions[rank])
+        return cls(rows, numbers, offsets, num_received, LateRoutes(rank, layout.for_host, num_regions), windows)
+
+
+@lru_cache(REMEMBERED)
+def _sizes_of_windows(
+    windows: Windows, rank: int, num_ranks: int, num_regions: int
+) -> tuple[Extents, Extents, Tensor]:
+    """Rows, numbers and where the regions of this rank begin; nobody changes them."""
+    own_rows = windows.region_rows * num_regions
+    rows = [0 if other == rank else windows.rows for other in range(num_ranks)]
+    numbers = [0 if other == rank else windows.numbers for other in range(num_ranks)]
+    offsets = torch.arange(num_regions + 1, dtype=torch.int64) * windows.region_rows
+    return Extents.of(rows, rows, own_rows), Extents.of(numbers, numbers, MOST_NUMBERS_BACK * own_rows), offsets
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,16 +143,17 @@ class KernelPassage:
         launcher: Launcher,
         windows: Windows | None = None,
         status: Tensor | None = None,
-        tables_at: Tensor | None = None,
+        tables: RegionTables | None = None,
     ) -> KernelPassage:
         """The way that `ExchangePlan.for_partition` describes. All ranks.
 
         Args: windows, status: room that all ranks give alike, and the words that say when it did not suffice; None: the
-        numbers of rows are read, a host sync. tables_at: where `HostTables.packed` is on the device; None: nowhere yet.
+        numbers of rows are read, a host sync. tables: `host_tables` on the device, if they are there already.
         """
         rank, num_regions = communicator.rank, tuple(map(len, partition.regions))
-        host = host_tables(splats.view_offsets.tolist(), partition, sizes, rank)
-        tables = RegionTables.upload(launcher, host) if tables_at is None else RegionTables.cut(tables_at, host.shape)
+        if tables is None:
+            offsets = tuple(splats.view_offsets.tolist())
+            tables = RegionTables.upload(launcher, host_tables(partition, offsets, sizes and tuple(sizes), rank))
         copies = SentCopies.route(launcher, tables, splats, keep=keep, never_capped=OPACITY_NEVER_CAPPED)
         blocks = communicator.gather(tables.blocks)  # all ranks
         layout = arrange(launcher, tables, blocks, windows=windows, status=status)
@@ -201,9 +208,10 @@ class KernelPassage:
 
     def _exchanged(self, buffer: Tensor, extents: Extents) -> Tensor:
         """What has arrived in a buffer, this rank's own included. All ranks."""
-        arrived, num_sent = buffer[extents.first_received :], sum(extents.sent)
-        others = arrived[: sum(extents.received)]
-        self.communicator.all_to_all_into(others, buffer[:num_sent], extents.sent, extents.received)  # all ranks
+        arrived = buffer[extents.first_received :]
+        self.communicator.all_to_all_into(  # all ranks
+            arrived[: extents.num_received], buffer[: extents.num_sent], extents.sent, extents.received
+        )
         return arrived
 
     @property
@@ -211,12 +219,13 @@ class KernelPassage:
         return WireWords(self.wire.id_bytes // WORD, self.wire.sends_boxes)
 
 
+@lru_cache(REMEMBERED)
 def host_tables(
-    view_offsets: Sequence[int], partition: PixelPartition, sizes: Sequence[tuple[int, int]] | None, rank: int
+    partition: PixelPartition, view_offsets: tuple[int, ...], sizes: tuple[tuple[int, int], ...] | None, rank: int
 ) -> HostTables:
-    """All that the kernels have to be told about a step, before it: no device is asked.
+    """All that the kernels have to be told about a step, before it: no device is asked. Nobody changes it.
 
-    Args: view_offsets: (B + 1,), of the packed splats; sizes: (B,) of the views.
+    Args: view_offsets: of the packed splats of this rank; sizes: see `ExchangePlan.for_partition`.
     """
     mine = partition.regions[rank]
     return HostTables.pack(

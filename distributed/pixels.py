@@ -52,16 +52,20 @@ class Region:
         row, the halo's; each is split between the region's rows of tiles by its share of pixel rows, the halo left out.
         """
         first, last = self.drawn_rows(height, halo)
-        own_last = self.own_rows(height)[1]
-        if (first, last) == self.own_rows(height):
+        own_first, own_last = self.own_rows(height)
+        if (first, last) == (own_first, own_last):
             return pairs_per_row.astype(np.int64)  # the frame's rows are the region's
-        starts = first + TILE * np.arange(len(pairs_per_row))
-        stops = np.minimum(starts + TILE, last)
-        found = np.zeros(self.tile_stop - self.tile_start + 3, np.int64)  # and one before, two behind
-        for tiles in (starts // TILE, starts // TILE + 1):  # a frame's row meets no third one
-            shared = np.minimum(np.minimum(stops, TILE * (tiles + 1)), own_last) - np.maximum(starts, TILE * tiles)
-            found[tiles - self.tile_start + 1] += pairs_per_row * np.maximum(shared, 0) // (stops - starts)
-        return found[1:-2]
+        num_rows, lead = len(pairs_per_row), own_first - first  # of a frame's row, `lead` pixels are a tile's before
+        before, within = pairs_per_row * lead // TILE, pairs_per_row * (TILE - lead) // TILE
+        for row in range(max(num_rows - 2, 0), num_rows):  # may be cut, or reach beyond what is owned
+            start, pairs = first + TILE * row, int(pairs_per_row[row])
+            num_drawn, num_owned = min(TILE, last - start), max(min(TILE, own_last - start), 0)
+            before[row] = pairs * min(lead, num_owned) // num_drawn
+            within[row] = pairs * max(num_owned - lead, 0) // num_drawn
+        found = np.zeros(self.tile_stop - self.tile_start, np.int64)
+        found[:num_rows] = within[: len(found)]
+        found[: num_rows - 1] += before[1 : len(found) + 1]
+        return found
 
 
 def num_tile_rows(height: int) -> int:

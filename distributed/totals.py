@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -20,11 +21,19 @@ import torch
 from torch import Tensor
 
 from distributed.communicator import Communicator
-from distributed.pixels import PixelPartition, num_tile_rows
+from distributed.pixels import PixelPartition
+from masksplat.cuda.devices import launcher_of
+from masksplat.cuda.launcher import Launcher
+from masksplat.cuda.rank_numbers import combine_numbers, pack_numbers
 
 NUM_LOSSES = 2
 WORD, COUNT = 8, 4
 """Bytes of a float64 or int64, and of an int32."""
+
+
+def kernels_for(values: Tensor) -> Launcher | None:
+    """What launches the kernels that pack the numbers of a step; None where torch operations have to do."""
+    return launcher_of(values.device) if values.device.type == "cuda" else None
 
 
 class RankNumbers(NamedTuple):
@@ -66,7 +75,7 @@ class StepNumbers:
     @cached_property
     def owned(self) -> np.ndarray:
         """(B, W) int64 splats that each rank has of each view."""
-        return np.stack([each.num_splats for each in self.of_ranks], axis=1).astype(np.int64)
+        return np.array([each.num_splats for each in self.of_ranks], np.int64).T
 
     @property
     def num_splats(self) -> int:
@@ -77,16 +86,18 @@ class StepNumbers:
     def pairs(self) -> tuple[np.ndarray, ...]:
         """For each view, (tile rows,) int64 pairs in its own rows."""
         heights = self.partition.heights
-        found = tuple(np.zeros(num_tile_rows(height), np.int64) for height in heights)
+        found: list[list[np.ndarray]] = [[] for _ in heights]
+        parts = []
         for mine, each in zip(self.partition.regions, self.of_ranks, strict=True):
             first = 0
             for region in mine:
                 height = heights[region.view]
                 last = first + region.frame_rows(height)
-                own = region.own_pairs(each.pairs[first:last], height)
-                found[region.view][region.tile_start : region.tile_stop] = own
+                parts.append((region.tile_start, region.view, region.own_pairs(each.pairs[first:last], height)))
                 first = last
-        return found
+        for _, view, own in sorted(parts, key=itemgetter(0)):
+            found[view].append(own)
+        return tuple(of_view[0] if len(of_view) == 1 else np.concatenate(of_view) for of_view in found)
 
     def image_loss(self, lambda_dssim: float) -> float:
         """(1 - lambda) L1 + lambda (1 - SSIM)."""
@@ -129,22 +140,35 @@ class StepTotals:
         first gets the largest of all ranks.
         """
         status_bytes = status.numel() * COUNT if status is not None else 0
+        found = cls(partition, num_splats, num_rows, num_drawn, status_bytes)
+        launcher = kernels_for(num_splats)
+        if communicator.size > 1 and launcher is not None:
+            own = pack_numbers(
+                launcher, found._num_words, num_rows=num_rows, num_drawn=num_drawn, status=status, losses=losses,
+                pairs=pairs, num_splats=num_splats,
+            )  # fmt: skip
+            words = communicator.gather(own)  # all ranks
+            num_drawn = combine_numbers(launcher, words, has_drawn=num_drawn is not None, status=status)
+            return replace(found, values=words.view(torch.uint8), num_drawn=num_drawn)
         optional = [part for part in (num_drawn, status) if part is not None]
         parts = [_bytes(part) for part in (*optional, *losses, *pairs, num_splats)]
         if communicator.size == 1:  # few operations for a GPU's host, which knows how many rows there are
-            return cls(partition, torch.cat(parts)[None], num_rows, num_drawn, status_bytes)
-        found = cls(partition, num_splats, num_rows, num_drawn, status_bytes)
+            return replace(found, values=torch.cat(parts)[None])
         parts.insert(0, _bytes(num_splats.new_full((1,), num_rows, dtype=torch.int64)))
-        lengths = [sum(found._sizes(rank)) for rank in range(communicator.size)]
-        own = parts[0].new_empty(-(-max(lengths) // WORD) * WORD)
-        torch.cat(parts, out=own[: lengths[communicator.rank]])
-        values = communicator.gather(own)  # all ranks
+        padded = parts[0].new_empty(WORD * found._num_words)
+        torch.cat(parts, out=padded[: sum(found._sizes(communicator.rank))])
+        values = communicator.gather(padded)  # all ranks
         behind_drawn = WORD if num_drawn is None else 2 * WORD
         if status is not None:
             stops = values[:, behind_drawn : behind_drawn + COUNT].view(torch.int32)
             status[:1].copy_(stops.amax())
         all_drawn = None if num_drawn is None else values[:, WORD:behind_drawn].view(torch.int64).sum()
         return replace(found, values=values, num_drawn=all_drawn)
+
+    @property
+    def _num_words(self) -> int:
+        """Of the rank that brings most."""
+        return -(-max(sum(self._sizes(rank)) for rank in range(self.partition.num_ranks)) // WORD)
 
     def _sizes(self, rank: int) -> tuple[int, ...]:
         """Bytes of what a rank brings, in this order: its Gaussians, its masks that are 1, its status words, the two
@@ -165,10 +189,10 @@ class StepTotals:
         num_drawn, has_overflow, of_ranks = 0, False, []
         for rank, row in enumerate(fetched.numpy().copy()):  # the memory is not ours to keep
             rows, drawn, status, losses, pairs, splats = _cut(row, self._sizes(rank))
-            num_drawn += int(drawn.view(np.int64).sum())
-            has_overflow |= bool(status.view(np.int32)[:1].any())
-            first, second = losses.view(np.float64).reshape(-1, NUM_LOSSES).T.tolist()
-            l1, ssim = l1 + sum(first), ssim + sum(second)  # in the order of ranks and regions
+            num_drawn += int(drawn.view(np.int64)[0]) if len(drawn) else 0
+            has_overflow |= len(status) > 0 and bool(status.view(np.int32)[0])
+            terms = losses.view(np.float64).tolist()
+            l1, ssim = l1 + sum(terms[::NUM_LOSSES]), ssim + sum(terms[1::NUM_LOSSES])  # by ranks, regions
             num_rows = int(rows.view(np.int64)[0]) if len(rows) else self.num_rows
             of_ranks.append(RankNumbers(num_rows, pairs.view(np.int64), splats.view(np.int32)))
         num_views = len(self.partition.heights)

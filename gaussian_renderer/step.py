@@ -28,6 +28,7 @@ from distributed.transfer import sent_to
 from gaussian_renderer.gate import GateOfStep, gated, rows_for
 from gaussian_renderer.phases import PhaseTimer
 from gaussian_renderer.views import KERNEL_ATTRIBUTES, gaussians_of
+from masksplat.cuda.exchange import RegionTables
 from masksplat.ops import Body
 from masksplat.types import AdamStep, Optimizer, PhotometricLoss, ProjectionSettings, Splats, Statistics, Views
 from scene.gaussians import GaussianTable, StoredRows
@@ -84,8 +85,8 @@ class RecordedNumbers(Protocol):
         """(6, ADAM_FACTORS), see `masksplat.types.Optimizer`."""
 
     @property
-    def tables(self) -> Tensor | None:
-        """int32, who draws what (`distributed.kernel_passage.host_tables`); None for one rank."""
+    def tables(self) -> RegionTables | None:
+        """Who draws what; None for one rank."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def draw_and_update(
     Args: gate: what stands between the table and the drawing; adam_steps: one for each of KERNEL_ATTRIBUTES; memory:
     where recorded launches find what changes from step to step; None: the host tells them.
     """
-    factors, tables_at = (None, None) if memory is None else (memory.factors, memory.tables)
+    factors, tables = (None, None) if memory is None else (memory.factors, memory.tables)
     body, phases = tools.body, tools.phases
     views = batch.views
     rows = rows_for(table, body, gate)
@@ -122,7 +123,7 @@ def draw_and_update(
     with phases("exchange"):
         plan = ExchangePlan.for_partition(
             tools.communicator, splats, batch.partition, sizes=views.sizes, id_bound=bound, room=tools.room,
-            tables_at=tables_at,
+            tables=tables,
         )  # fmt: skip
         received = plan.forward(splats)
     drawn = _draw_regions(tools, received, batch, settings.lambda_dssim)

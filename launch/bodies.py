@@ -104,7 +104,7 @@ def room_of_windows(body: Body, communicator: Communicator) -> RoomForRows | Non
     that is complete when it returns is not.
     """
     watch = overflow_watch(body)
-    if watch is None or watch is not body or not watch.defers:
+    if watch is None or hasattr(body, "own") or not watch.defers:
         return None
     return watch.capacity if 1 < communicator.size == communicator.local_size else None
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from distributed.balance import COST_DELAY, LoadBalancer, loads_of
+from distributed.balance import COST_DELAY, LoadBalancer, RowCosts, loads_of
 from distributed.communicator import Communicator
 from distributed.partition import needs_recut
 from distributed.pixels import PixelPartition
@@ -72,11 +72,11 @@ class LocalViews:
 
 @dataclass(frozen=True)
 class _Decision:
-    """What a step draws. expected: (W,) loads by the costs that decided; None: these never change."""
+    """What a step draws. costs: of its views when that was decided; None: these never change."""
 
     views: tuple[int, ...]
     partition: PixelPartition
-    expected: tuple[int, ...] | None
+    costs: list[RowCosts] | None
 
 
 @lru_cache(256)
@@ -123,12 +123,9 @@ class PixelShares:
             self._known = {key: value for key, value in self._known.items() if key >= step - self.balancer.delay}
             views = self.batches.batch(step)
             partition = self._decide(step, views)
-            known = _Decision(views, partition, self._expected(partition, views) if self._learns_costs else None)
+            known = _Decision(views, partition, self.balancer.row_costs(views) if self._learns_costs else None)
             self._known[step] = known
         return known
-
-    def _expected(self, partition: PixelPartition, views: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(loads_of(partition, [self.balancer.costs(view) for view in views]))
 
     def _decide(self, step: int, views: tuple[int, ...]) -> PixelPartition:
         heights = tuple(self.balancer.heights[view] for view in views)
@@ -149,11 +146,11 @@ class PixelShares:
     def history(self, step: int, numbers: StepNumbers) -> dict[str, Any]:
         """What was decided for a step, on which estimate, and what it cost in pairs."""
         decision = self._decision(step)
-        expected = decision.expected or self._expected(decision.partition, decision.views)
+        costs = decision.costs if decision.costs is not None else self.balancer.row_costs(decision.views)
         return {
             "views": list(decision.views),
             "regions": decision.partition.to_plain(),
-            "expected": list(expected),
+            "expected": loads_of(decision.partition, [view.rows for view in costs]),
             "counted": loads_of(decision.partition, numbers.pairs),
         }
 

@@ -255,10 +255,7 @@ class StepGraphs:
         self, kind: Hashable, training: Training, window: Window, batch: Batch, tables: HostTables | None
     ) -> _Recording:
         photos = [photo.clone() for photo in batch.photos]
-        work, memory = (
-            replace(batch, photos=photos),
-            self._memory.with_tables(0 if tables is None else len(tables.packed)),
-        )
+        work, memory = replace(batch, photos=photos), self._memory.numbers_at(tables)
         graph, computed = self._maker.record(lambda: compute_now(training, window, work, memory))
         recording = self._recordings[kind] = _Recording(graph, photos, computed.result)
         return recording
@@ -269,8 +266,8 @@ def _tables(training: Training, batch: Batch) -> HostTables | None:
     ranks, num_rows = training.communicator, len(training.table)
     if ranks.size == 1:
         return None
-    offsets = [view * num_rows for view in range(len(batch.views) + 1)]
-    return host_tables(offsets, batch.partition, batch.views.sizes, ranks.rank)
+    offsets = tuple(view * num_rows for view in range(len(batch.views) + 1))
+    return host_tables(batch.partition, offsets, batch.views.sizes, ranks.rank)
 
 
 def _of_partition(result: StepResult, partition: PixelPartition) -> StepResult:

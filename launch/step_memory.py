@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gaussian_renderer.views import CAMERA_NUMBERS, KERNEL_ATTRIBUTES
+from masksplat.cuda.exchange import HostTables, RegionTables
 from masksplat.cuda.projection import ADAM_FACTORS, adam_table
 from masksplat.types import AdamStep, Views
 from strategies.base import MASK_NUMBERS, MaskMemory
@@ -35,7 +36,7 @@ class StepNumbersAt:
 
     factors: Tensor
     masks: MaskMemory
-    tables: Tensor | None
+    tables: RegionTables | None
 
 
 class StepMemory:
@@ -70,9 +71,12 @@ class StepMemory:
             self._cameras[:viewmats].view(num_views, 4, 4), self._cameras[viewmats:].view(num_views, 3, 3), tuple(sizes)
         )
 
-    def with_tables(self, num_words: int) -> StepNumbersAt:
-        """Where a step finds its numbers, of which `tables` are so many words; 0 for one rank."""
-        return StepNumbersAt(self.factors, self.masks, self._tables[:num_words] if num_words else None)
+    def numbers_at(self, tables: HostTables | None) -> StepNumbersAt:
+        """Where a step finds its numbers that has tables of this shape; None for one rank."""
+        if tables is None:
+            return StepNumbersAt(self.factors, self.masks, None)
+        memory = self._tables[: len(tables.packed)]
+        return StepNumbersAt(self.factors, self.masks, RegionTables.cut(memory, tables.shape))
 
     def write(
         self,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import distributed.exchange
+import distributed.totals
 from cuda_launchers import EMULATED, make_launcher
 from distributed.communicator import Communicator
 from distributed.exchange import ExchangePlan
@@ -39,17 +40,17 @@ ROOM = 40
 
 @contextmanager
 def exchanged_by(launcher: Launcher | None) -> Iterator[None]:
-    """A block in which every exchange of float32 goes through this launcher, or through torch operations."""
-    before = distributed.exchange.kernels_for
+    """A block in which every exchange of float32, and the numbers of a step, go through this launcher, or torch."""
+    before, before_totals = distributed.exchange.kernels_for, distributed.totals.kernels_for
 
     def chosen(splats: Splats) -> Launcher | None:
         return launcher if splats.rows.dtype == torch.float32 else None
 
-    distributed.exchange.kernels_for = chosen
+    distributed.exchange.kernels_for, distributed.totals.kernels_for = chosen, lambda _: launcher
     try:
         yield
     finally:
-        distributed.exchange.kernels_for = before
+        distributed.exchange.kernels_for, distributed.totals.kernels_for = before, before_totals
 
 
 def kernels_of(world: Communicator) -> Launcher:
@@ -197,10 +198,20 @@ def window_case(world: Communicator, seed: int) -> tuple[Splats, PixelPartition,
     return splats, partition, options
 
 
+@contextmanager
+def unwritten_memory_shows() -> Iterator[None]:
+    """A block in which memory that nobody has written holds NaN and the largest integers."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def compare_windows(world: Communicator, num_seeds: int) -> list[tuple[int, int]]:
     """Windows against the exchange whose rows the host counts; copies that this rank got, blocks of the windows."""
-    torch.use_deterministic_algorithms(True)  # memory that nobody has written holds no numbers
-    return [compare_windows_once(world, *window_case(world, seed)) for seed in range(num_seeds)]
+    with unwritten_memory_shows():
+        return [compare_windows_once(world, *window_case(world, seed)) for seed in range(num_seeds)]
 
 
 def compare_windows_once(
@@ -225,9 +236,9 @@ def compare_windows_once(
     y_mine = torch.full((len(received), 10), torch.nan).index_copy_(0, mine, y[theirs]).to(world.device)
     expected_rows = tight.backward(y.to(world.device)).cpu()
     with waiting_forbidden(world.device):
-        d_rows = plan.backward(y_mine).cpu()
+        d_rows = plan.backward(y_mine)
     used = in_use(splats)
-    assert torch.equal(d_rows[used], expected_rows[used])
+    assert torch.equal(d_rows.cpu()[used], expected_rows[used])
     assert room.status.tolist() == [0, 0, 0, *needed, 0, 0]
     ours, wanted = plan.record.traffic(), tight.record.traffic()
     window_bytes = windows.rows * plan.record.wire.row_bytes + 4 * windows.numbers if plan.record.wire else 0
@@ -246,10 +257,9 @@ def test_windows_bring_what_counted_rows_bring(size: int) -> None:
 
 def overflow_windows(world: Communicator, seed: int) -> list[list[int]]:
     """The status with ample room, then with one row, number or place too few; nothing is written then."""
-    torch.use_deterministic_algorithms(True)
     splats, partition, options = window_case(world, seed)
     found = []
-    with exchanged_by(kernels_of(world)):
+    with exchanged_by(kernels_of(world)), unwritten_memory_shows():
         needed = needs(ExchangePlan.for_partition(world, splats, partition, **options))
         for lacking in range(3):
             sizes = [1 << 12, 1 << 14, 1 << 12]
@@ -352,12 +362,15 @@ def test_the_host_does_little(num_views: int) -> None:
 
 def device_cases(world: Communicator) -> list[tuple[float, float, float, float]]:
     assert compare(world, 24) > 50
+    assert sum(count for count, _ in compare_windows(world, 24)) > 1000
+    for seed in (3, 5):
+        overflow_windows(world, seed)
     return adjoint_cases(world, 16)
 
 
 @pytest.mark.gpu
 def test_the_kernels_between_gpus() -> None:
-    """Without a wait in forward and backward."""
+    """Without a wait in forward and backward, and with windows none in making the plan either."""
     size = min(torch.cuda.device_count(), 4)
     if size < 2:
         pytest.skip(f"needs two GPUs, found {size}")

@@ -147,7 +147,7 @@ ROUGH = (
 
 @pytest.mark.parametrize("setting", ROUGH)
 def test_ranks_go_back_together(generated_scene: Path, tmp_path: Path, setting: Setting) -> None:
-    for source in (*SOURCES, "rasterize_backward", "exchange"):
+    for source in (*SOURCES, "rasterize_backward", "exchange", "rank_numbers"):
         make_launcher(EMULATED).kernels(source)
     quiet = replace(setting, buffers={}, windows=())
     smooth = run_ranks(trained, 2, generated_scene, tmp_path / "smooth", quiet)

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
+from cuda_launchers import EMULATED, make_launcher
 from distributed.communicator import Communicator
 from distributed.pixels import PixelPartition, num_tile_rows
 from distributed.totals import StepNumbers, StepTotals
 from rank_harness import run_ranks
+from test_cuda_exchange import exchanged_by, kernels_of
 
 HEIGHTS = (52, 41, 100)
 
@@ -46,9 +50,15 @@ def totals_of(world: Communicator, **on_device: torch.Tensor) -> StepTotals:
     )
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_every_rank_gets_everything(size: int) -> None:
-    for numbers in run_ranks(share, size):
+def share_by_kernels(world: Communicator) -> StepNumbers:
+    with exchanged_by(kernels_of(world)):
+        return share(world)
+
+
+@pytest.mark.parametrize(("size", "way"), [(1, share), (2, share), (4, share), (2, share_by_kernels)])
+def test_every_rank_gets_everything(size: int, way: Callable[[Communicator], StepNumbers]) -> None:
+    make_launcher(EMULATED).kernels("rank_numbers")
+    for numbers in run_ranks(way, size):
         assert numbers.l1 == pytest.approx(0.3 * sum(range(1, size + 1)) / 3, rel=1e-15)
         assert numbers.ssim == pytest.approx(-0.6 * size / 3, rel=1e-15)
         assert numbers.image_loss(0.2) == pytest.approx(0.8 * numbers.l1 + 0.2 * (1 - numbers.ssim), rel=1e-15)
@@ -61,6 +71,39 @@ def test_every_rank_gets_everything(size: int) -> None:
         halos = numbers.num_pairs - 100 * sum(HEIGHTS)
         # Of the cuts for 4, one is 4 rows before the end of view 0, one between views, one inside view 2.
         assert halos == {1: 0, 2: 0, 4: 100 * (5 + 4 + 5 + 5)}[size]
+
+
+def both_ways(world: Communicator, num_regions: int, has_drawn: bool, has_status: bool) -> None:
+    """Kernels bring the same bytes as torch operations; ranks with none and with many regions."""
+    partition = PixelPartition.of_whole_views([33] * num_regions, [1] * num_regions, world.size)
+    mine = len(partition.regions[world.rank])
+    rng, found = np.random.default_rng(world.rank), []
+    losses = [torch.from_numpy(rng.random(2)) for _ in range(mine)]
+    pairs = [torch.from_numpy(rng.integers(0, 1 << 40, 3)) for _ in range(mine)]
+    splats = torch.from_numpy(rng.integers(0, 1 << 20, num_regions).astype(np.int32))
+    for launcher in (None, kernels_of(world)):
+        status = torch.tensor([world.rank, *range(7)], dtype=torch.int32) if has_status else None
+        drawn = torch.tensor(5 << 33 + world.rank) if has_drawn else None
+        with exchanged_by(launcher):
+            totals = StepTotals.share(
+                world, partition, losses=losses, pairs=pairs, num_splats=splats, num_rows=(1 << 33) + world.rank,
+                num_drawn=drawn, status=status,
+            )  # fmt: skip
+        numbers = totals.numbers(totals.values)
+        all_drawn = None if totals.num_drawn is None else int(totals.num_drawn)
+        state = None if status is None else status.tolist()
+        ranks = [(each.num_rows, each.pairs.tolist(), each.num_splats.tolist()) for each in numbers.of_ranks]
+        found.append((numbers.l1, numbers.ssim, numbers.num_drawn, numbers.has_overflow, ranks, all_drawn, state))
+    assert found[0] == found[1]
+    assert not has_status or found[0][-1] == [world.size - 1, *range(7)]
+
+
+@pytest.mark.parametrize(
+    ("num_regions", "has_drawn", "has_status"), [(1, True, True), (9, True, True), (5, False, True), (4, True, False)]
+)
+def test_kernels_bring_what_torch_operations_bring(num_regions: int, has_drawn: bool, has_status: bool) -> None:
+    make_launcher(EMULATED).kernels("rank_numbers")
+    run_ranks(both_ways, 2, num_regions, has_drawn, has_status)
 
 
 def drawn_and_stopped(world: Communicator, overflowed: int) -> tuple[int, list[int]]:

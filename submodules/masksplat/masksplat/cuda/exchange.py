@@ -125,12 +125,12 @@ class RegionTables:
     @classmethod
     def upload(cls, launcher: Launcher, tables: HostTables) -> RegionTables:
         """One copy from the host."""
-        return cls.cut(upload(launcher, tables.packed), tables.shape)
+        return cls.cut(upload(launcher, tables.packed.copy()), tables.shape)
 
     @classmethod
     def cut(cls, memory: Tensor, shape: TableShape) -> RegionTables:
         """The tables in `memory`, a copy of `HostTables.packed` on the device."""
-        regions, views, sizes, first_regions, blocks = memory.split(shape.lengths)
+        regions, views, sizes, first_regions, blocks = memory.split_with_sizes(shape.lengths)
         return cls(shape, regions, views, sizes if shape.has_sizes else None, first_regions, blocks)
 
     @property
@@ -181,7 +181,7 @@ def arrange(
         4 * num_ranks + num_regions + 1 + num_ranks * num_blocks,
     ]
     memory = torch.empty(sum(sizes), dtype=torch.int32, device=launcher.device)
-    runs, starts, in_use, for_host = memory.split(sizes)
+    runs, starts, in_use, for_host = memory.split_with_sizes(sizes)
     launcher(
         "exchange.arrange", 1, THREADS, blocks, tables.first_regions, num_ranks, tables.shape.rank,
         *(windows or (0, 0, 0)), starts, runs, in_use, for_host, status,
@@ -190,29 +190,26 @@ def arrange(
 
 
 class Extents(NamedTuple):
-    """Sizes of the buffers of one way, rows or numbers; see exchange.cu.
+    """Sizes of the buffer of one way, in rows or numbers; see exchange.cu.
 
-    sent, received: (W,) to and from each rank, 0 for this one. own: room for this rank's.
+    sent, received: (W,) to and from each rank, 0 for this one. num_sent, num_received: their sums. first_received:
+    where what arrives begins. num_arriving: what arrives and this rank's own. total: all.
     """
 
     sent: list[int]
     received: list[int]
-    own: int
+    num_sent: int
+    num_received: int
+    first_received: int
+    num_arriving: int
+    total: int
 
-    @property
-    def first_received(self) -> int:
-        """Where what arrives begins in the buffer; before that is what is sent."""
-        return _whole_blocks(sum(self.sent))
-
-    @property
-    def num_arriving(self) -> int:
-        """Size of the windows that arrive, this rank's included."""
-        return _whole_blocks(sum(self.received)) + self.own
-
-    @property
-    def total(self) -> int:
-        """Size of the buffer."""
-        return self.first_received + self.num_arriving
+    @classmethod
+    def of(cls, sent: list[int], received: list[int], own: int) -> Extents:
+        """From what travels and what there is room for of this rank's own."""
+        num_sent, num_received = sum(sent), sum(received)
+        first, arriving = _whole_blocks(num_sent), _whole_blocks(num_received) + own
+        return cls(sent, received, num_sent, num_received, first, arriving, first + arriving)
 
 
 def _whole_blocks(count: int) -> int:
