@@ -23,7 +23,7 @@ from cuda_launchers import EMULATED, make_launcher
 from distributed.communicator import Communicator
 from launch.bodies import STEPS_AHEAD, STEPS_AHEAD_OF_RANKS
 from launch.cli import parse_train
-from launch.start import Start
+from launch.start import find_start
 from launch.training import Training, build_training
 from masksplat.cuda.body import CudaBody
 from masksplat.cuda.capacity import Windows
@@ -37,20 +37,22 @@ FLAGS = (
     *("--mask_lr", "0.2", "--log_interval", "16", "--mask_prune_iter", "20", "--test_iterations", "-1"),
     *("--quiet", "--no-report", "--eval", "--check_agreement", "--save_strategy_history"),
 )
-SOURCES = ("project", "project_backward", "adam", "mask", "photometric", "binning", "radix_sort", "rasterize")
+SOURCES = ("project", "project_backward", "adam", "mask", "photometric", "binning", "radix_sort", "rasterize", "random")
+SECONDS = 150.0  # a training takes five on an idle machine
 
 
 @dataclass(frozen=True)
 class Setting:
     """same_machine: copies travel in windows. buffers: rank -> steps before which its buffers become too small.
 
-    windows: steps before which the windows of all ranks do.
+    windows: steps before which the windows of all ranks do. flags: besides FLAGS.
     """
 
     method: str = "mask"
     same_machine: bool = True
     buffers: Mapping[int, Collection[int]] = field(default_factory=dict)
     windows: Collection[int] = ()
+    flags: tuple[str, ...] = ()
 
     @property
     def ahead(self) -> int:
@@ -59,11 +61,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """tables: a hash of each tensor. returns: (step, the step that came next). history: who drew what, by rank 0."""
+    """tables: a hash of each tensor. returns: (step, the step that came next). history: who drew what, by rank 0.
+
+    exchanges: bytes that travelled at each log line, and that had to, by rank 0.
+    """
 
     tables: Mapping[str, str]
     returns: list[tuple[int, int]]
     history: list[dict]
+    exchanges: list[tuple[int, int]]
 
 
 def trained(world: Communicator, source: Path, target: Path, setting: Setting) -> Outcome:
@@ -72,7 +78,9 @@ def trained(world: Communicator, source: Path, target: Path, setting: Setting) -
         world = replace(world, local_size=1)
     launcher, returns = kernels_of(world), []
     waiting, narrow = set(setting.buffers.get(world.rank, ())), set(setting.windows)
-    config = parse_train(["-s", str(source), "-m", str(target), *FLAGS, "--prune_method", setting.method])
+    flags = (*FLAGS, "--prune_method", setting.method, *setting.flags)
+    config, folder = parse_train(["-s", str(source), "-m", str(target), *flags]), ModelFolder.create(target)
+    start = find_start(config, folder, world)
     one_step = train.train_step
 
     def watched_step(training: Training, recorder: object, late: object, step: int) -> int:
@@ -91,13 +99,14 @@ def trained(world: Communicator, source: Path, target: Path, setting: Setting) -
     with pytest.MonkeyPatch.context() as patch, exchanged_by(launcher):
         patch.setattr(launch.training, "choose_body", lambda *_, **__: CudaBody(launcher=launcher))
         patch.setattr(train, "train_step", watched_step)
-        training = build_training(config, world, show_progress=False)
+        training = build_training(config, world, show_progress=False, checkpoint=start.checkpoint)
         training.body.capacity.instances = 1 << 12  # the emulator touches all of it in every sort
-        folder = ModelFolder.create(target)
-        train.train(training, folder, Start())
+        train.train(training, folder, start)
     assert not waiting and not narrow and not bool(training.body.capacity.status[:3].any())
     assert (training.body.capacity.windows is not None) == setting.same_machine
-    return Outcome(hashes(training), returns, history_of(folder) if world.is_main else [])
+    if not world.is_main:
+        return Outcome(hashes(training), returns, [], [])
+    return Outcome(hashes(training), returns, history_of(folder), exchanges_of(folder))
 
 
 def hashes(training: Training) -> dict[str, str]:
@@ -112,6 +121,11 @@ def history_of(folder: ModelFolder) -> list[dict]:
     """What was decided and what it cost, without times."""
     lines = [json.loads(line) for line in folder.strategy_history.read_text().splitlines()]
     return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
+
+
+def exchanges_of(folder: ModelFolder) -> list[tuple[int, int]]:
+    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    return [(line["exchange_bytes"], line["exchange_needed_bytes"]) for line in lines if line["kind"] == "ranks"]
 
 
 def check(smooth: list[Outcome], rough: list[Outcome], setting: Setting) -> None:
@@ -129,6 +143,10 @@ def check(smooth: list[Outcome], rough: list[Outcome], setting: Setting) -> None
     assert any(back == step - setting.ahead for step, back in rough[0].returns)  # read when others have been queued
 
 
+    assert len(rough[0].exchanges) == 2 and rough[0].exchanges[0][1] == smooth[0].exchanges[0][1]
+    assert all((sent > needed) == setting.same_machine and needed > 0 for sent, needed in rough[0].exchanges)
+
+
 ROUGH = (
     Setting("mask", True, {0: (0, 13), 1: (6, 13, 19)}, windows=(8,)),
     Setting("3dgs", True, {1: (13,)}, windows=(0, 6, 13, 19)),
@@ -142,8 +160,20 @@ def test_ranks_go_back_together(generated_scene: Path, tmp_path: Path, setting: 
     for source in (*SOURCES, "rasterize_backward", "exchange", "rank_numbers"):
         make_launcher(EMULATED).kernels(source)
     quiet = replace(setting, buffers={}, windows=())
-    smooth = run_ranks(trained, 2, generated_scene, tmp_path / "smooth", quiet)
-    check(smooth, run_ranks(trained, 2, generated_scene, tmp_path / "rough", setting), setting)
+    smooth = run_ranks(trained, 2, generated_scene, tmp_path / "smooth", quiet, seconds=SECONDS)
+    check(smooth, run_ranks(trained, 2, generated_scene, tmp_path / "rough", setting, seconds=SECONDS), setting)
+
+
+def test_ranks_that_are_read_late_go_on_from_a_checkpoint(generated_scene: Path, tmp_path: Path) -> None:
+    """Law 6: the costs that wait six steps are in it. The size of windows is not, and changes nothing."""
+    straight = run_ranks(trained, 2, generated_scene, tmp_path / "straight", Setting(), seconds=SECONDS)
+    first = Setting(flags=("--stop_after", "18"))
+    run_ranks(trained, 2, generated_scene, tmp_path / "parts", first, seconds=SECONDS)
+    second = Setting(flags=("--auto_start_checkpoint",), windows=(9,))
+    resumed = run_ranks(trained, 2, generated_scene, tmp_path / "parts", second, seconds=SECONDS)
+    assert (9, 10) in resumed[0].returns and (0, 1) not in resumed[0].returns
+    assert [each.tables for each in resumed] == [each.tables for each in straight]
+    assert resumed[0].history == straight[0].history
 
 
 @pytest.mark.gpu
