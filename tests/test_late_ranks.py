@@ -142,7 +142,6 @@ def check(smooth: list[Outcome], rough: list[Outcome], setting: Setting) -> None
     assert [loads == [64 * 48] * 2 for loads in expected[: known + 1]] == [*[True] * known, False]
     assert any(back == step - setting.ahead for step, back in rough[0].returns)  # read when others have been queued
 
-
     assert len(rough[0].exchanges) == 2 and rough[0].exchanges[0][1] == smooth[0].exchanges[0][1]
     assert all((sent > needed) == setting.same_machine and needed > 0 for sent, needed in rough[0].exchanges)
 
