@@ -108,9 +108,7 @@ class HostNumbers:
 
 
 @lru_cache(REMEMBERED)
-def _sizes_of_windows(
-    windows: Windows, rank: int, num_ranks: int, num_regions: int
-) -> tuple[Extents, Extents, Tensor]:
+def _sizes_of_windows(windows: Windows, rank: int, num_ranks: int, num_regions: int) -> tuple[Extents, Extents, Tensor]:
     """Rows, numbers and where the regions of this rank begin; nobody changes them."""
     own_rows = windows.region_rows * num_regions
     rows = [0 if other == rank else windows.rows for other in range(num_ranks)]

@@ -23,7 +23,7 @@ from cuda_launchers import EMULATED, make_launcher
 from distributed.communicator import Communicator
 from launch.bodies import STEPS_AHEAD, STEPS_AHEAD_OF_RANKS
 from launch.cli import parse_train
-from launch.start import Start
+from launch.start import find_start
 from launch.training import Training, build_training
 from masksplat.cuda.body import CudaBody
 from masksplat.cuda.capacity import Windows
@@ -38,7 +38,8 @@ FLAGS = (
     *("--mask_lr", "0.2", "--log_interval", "16", "--mask_prune_iter", "20", "--test_iterations", "-1"),
     *("--quiet", "--no-report", "--eval", "--check_agreement", "--save_strategy_history"),
 )
-SOURCES = ("project", "project_backward", "adam", "mask", "photometric", "binning", "radix_sort", "rasterize")
+SOURCES = ("project", "project_backward", "adam", "mask", "photometric", "binning", "radix_sort", "rasterize", "random")
+SECONDS = 150.0  # a training takes five on an idle machine
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,14 @@ class Setting:
     """same_machine: copies travel in windows. buffers: rank -> steps before which its buffers become too small.
 
     windows: steps before which the windows of all ranks do. is_recorded: steps are recorded, and replayed until the
-    table changes; what becomes too small is noticed in those that are recorded anew.
+    table changes; what becomes too small is noticed in those that are recorded anew. flags: besides FLAGS.
     """
 
     method: str = "mask"
     same_machine: bool = True
     buffers: Mapping[int, Collection[int]] = field(default_factory=dict)
     windows: Collection[int] = ()
+    flags: tuple[str, ...] = ()
     is_recorded: bool = False
 
     @property
@@ -62,11 +64,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """tables: a hash of each tensor. returns: (step, the step that came next). history: who drew what, by rank 0."""
+    """tables: a hash of each tensor. returns: (step, the step that came next). history: who drew what, by rank 0.
+
+    exchanges: bytes that travelled at each log line, and that had to, by rank 0.
+    """
 
     tables: Mapping[str, str]
     returns: list[tuple[int, int]]
     history: list[dict]
+    exchanges: list[tuple[int, int]]
 
 
 def trained(world: Communicator, source: Path, target: Path, setting: Setting) -> Outcome:
@@ -75,7 +81,9 @@ def trained(world: Communicator, source: Path, target: Path, setting: Setting) -
         world = replace(world, local_size=1)
     launcher, returns = kernels_of(world), []
     waiting, narrow = set(setting.buffers.get(world.rank, ())), set(setting.windows)
-    config = parse_train(["-s", str(source), "-m", str(target), *FLAGS, "--prune_method", setting.method])
+    flags = (*FLAGS, "--prune_method", setting.method, *setting.flags)
+    config, folder = parse_train(["-s", str(source), "-m", str(target), *flags]), ModelFolder.create(target)
+    start = find_start(config, folder, world)
     one_step = train.train_step
 
     def watched_step(training: Training, recorder: object, late: object, step: int) -> int:
@@ -98,14 +106,15 @@ def trained(world: Communicator, source: Path, target: Path, setting: Setting) -
         patch.setattr(train, "train_step", watched_step)
         maker = maker_for(launcher) if setting.is_recorded else None
         record_with(patch, maker)
-        training = build_training(config, world, show_progress=False)
+        training = build_training(config, world, show_progress=False, checkpoint=start.checkpoint)
         training.body.capacity.instances = 1 << 12  # the emulator touches all of it in every sort
-        folder = ModelFolder.create(target)
-        train.train(training, folder, Start())
+        train.train(training, folder, start)
     assert not waiting and not narrow and not bool(training.body.capacity.status[:3].any())
     assert (training.body.capacity.windows is not None) == setting.same_machine
     assert maker is None or sum(graph.num_replays for graph in maker.graphs) > len(maker.graphs) >= 2
-    return Outcome(hashes(training), returns, history_of(folder) if world.is_main else [])
+    if not world.is_main:
+        return Outcome(hashes(training), returns, [], [])
+    return Outcome(hashes(training), returns, history_of(folder), exchanges_of(folder))
 
 
 def hashes(training: Training) -> dict[str, str]:
@@ -122,6 +131,11 @@ def history_of(folder: ModelFolder) -> list[dict]:
     return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
 
 
+def exchanges_of(folder: ModelFolder) -> list[tuple[int, int]]:
+    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    return [(line["exchange_bytes"], line["exchange_needed_bytes"]) for line in lines if line["kind"] == "ranks"]
+
+
 def check(smooth: list[Outcome], rough: list[Outcome], setting: Setting) -> None:
     """Nothing is left of the overflows, and all ranks went back to the same steps."""
     places = {*setting.windows, *(step for steps in setting.buffers.values() for step in steps)}
@@ -135,6 +149,9 @@ def check(smooth: list[Outcome], rough: list[Outcome], setting: Setting) -> None
     known = 2 + setting.ahead  # the first step for which costs are known
     assert [loads == [64 * 48] * 2 for loads in expected[: known + 1]] == [*[True] * known, False]
     assert any(back == step - setting.ahead for step, back in rough[0].returns)  # read when others have been queued
+
+    assert len(rough[0].exchanges) == 2 and rough[0].exchanges[0][1] == smooth[0].exchanges[0][1]
+    assert all((sent > needed) == setting.same_machine and needed > 0 for sent, needed in rough[0].exchanges)
 
 
 ROUGH = (
@@ -150,8 +167,20 @@ def test_ranks_go_back_together(generated_scene: Path, tmp_path: Path, setting: 
     for source in (*SOURCES, "rasterize_backward", "exchange", "rank_numbers"):
         make_launcher(EMULATED).kernels(source)
     quiet = replace(setting, buffers={}, windows=())
-    smooth = run_ranks(trained, 2, generated_scene, tmp_path / "smooth", quiet)
-    check(smooth, run_ranks(trained, 2, generated_scene, tmp_path / "rough", setting), setting)
+    smooth = run_ranks(trained, 2, generated_scene, tmp_path / "smooth", quiet, seconds=SECONDS)
+    check(smooth, run_ranks(trained, 2, generated_scene, tmp_path / "rough", setting, seconds=SECONDS), setting)
+
+
+def test_ranks_that_are_read_late_go_on_from_a_checkpoint(generated_scene: Path, tmp_path: Path) -> None:
+    """Law 6: the costs that wait six steps are in it. The size of windows is not, and changes nothing."""
+    straight = run_ranks(trained, 2, generated_scene, tmp_path / "straight", Setting(), seconds=SECONDS)
+    first = Setting(flags=("--stop_after", "18"))
+    run_ranks(trained, 2, generated_scene, tmp_path / "parts", first, seconds=SECONDS)
+    second = Setting(flags=("--auto_start_checkpoint",), windows=(9,))
+    resumed = run_ranks(trained, 2, generated_scene, tmp_path / "parts", second, seconds=SECONDS)
+    assert (9, 10) in resumed[0].returns and (0, 1) not in resumed[0].returns
+    assert [each.tables for each in resumed] == [each.tables for each in straight]
+    assert resumed[0].history == straight[0].history
 
 
 @pytest.mark.gpu

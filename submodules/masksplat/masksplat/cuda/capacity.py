@@ -33,8 +33,9 @@ MOST_INSTANCES = 1 << 30
 
 
 FIRST_WINDOW = 1024
-SEEN_SHARE = 4
-"""At first, a region is thought to show a quarter of all Gaussians, equally many from each rank."""
+SEEN_SHARE = 16
+"""At first, a region is thought to show one in so many Gaussians, equally many from each rank. That is rather too few:
+a window that grows fits what is needed, one that was too large at first would travel to the end."""
 
 WINDOW_GRAIN = 256
 """Rows and numbers of a window are a multiple of this (`cuda.exchange.THREADS`)."""
