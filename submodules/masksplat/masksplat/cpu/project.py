@@ -61,6 +61,19 @@ def project_rows(task, num_tasks, gaussian, flat_shN, masks, camera, size, flags
     start, stop = task * means.shape[0] // num_tasks, (task + 1) * means.shape[0] // num_tasks
     lanes, index = np.empty(NUM_VECTORS * LANES, means.dtype), np.empty(LANES, np.int64)
     candidates = np.empty(stop - start, np.int64)
+    harmonics = np.empty(BASES * LANES, means.dtype), np.empty(COEFFICIENTS * LANES, means.dtype)
+    counts[task] = project_span(
+        gaussian, flat_shN, masks, camera, size, flags, limits, slots, rows, boxes, start, stop, lanes, index,
+        candidates, harmonics,
+    )  # fmt: skip
+
+
+@device
+def project_span(
+    gaussian, flat_shN, masks, camera, size, flags, limits, slots, rows, boxes, start, stop, lanes, index, candidates,
+    harmonics,
+):  # fmt: skip
+    """`project_rows` for the rows from `start` to `stop`, with arrays to work in; returns the number of packed rows."""
     num_candidates = list_candidates(
         gaussian, start, stop, camera, size, flags, limits, slots, lanes, index, candidates
     )
@@ -77,19 +90,18 @@ def project_rows(task, num_tasks, gaussian, flat_shN, masks, camera, size, flags
                 slots[i] = packed - start
                 candidates[packed - start] = i  # never ahead of `first`: the list of packed rows overwrites it
                 packed += 1
-    counts[task] = packed - start
-    colour_rows(gaussian, flat_shN, camera, flags, candidates, packed - start, start, lanes, index, rows)
+    colour_rows(gaussian, flat_shN, camera, flags, candidates, packed - start, start, lanes, index, harmonics, rows)
+    return packed - start
 
 
 @device
-def colour_rows(gaussian, flat_shN, camera, flags, visible, num_visible, start, lanes, index, rows):
+def colour_rows(gaussian, flat_shN, camera, flags, visible, num_visible, start, lanes, index, harmonics, rows):
     """Colours of the packed rows `start`, `start + 1`, ..., which are those of the Gaussians `visible`."""
-    means = gaussian[0]
-    basis, coefficients = np.empty(BASES * LANES, means.dtype), np.empty(COEFFICIENTS * LANES, means.dtype)
+    basis, coefficients = harmonics
     for first in range(0, num_visible, LANES):
         count = min(LANES, num_visible - first)
         fill_batch(index, visible, first, count)
-        mean = mean_of(means, index)
+        mean = mean_of(gaussian[0], index)
         red, green, blue = batch_colour(
             gaussian[4], gaussian[5], flat_shN, index, camera, mean, flags, basis, coefficients
         )

@@ -29,7 +29,7 @@ from masksplat.cpu.geometry import (
     view_direction,
     world_turn,
 )
-from masksplat.cpu.kernel import device, kernel
+from masksplat.cpu.kernel import allocating, device, kernel
 from masksplat.cpu.lanes import (
     COEFFICIENTS,
     column,
@@ -55,7 +55,7 @@ MEAN, QUAT, SCALE, OPACITY, MASK, SH0, NUM_SMALL = 0, 3, 7, 10, 11, 12, 15
 BASES = 16
 
 
-@device
+@allocating
 def backward_scratch(means):
     """(basis, coefficients, small) for `batch_backward`: vectors, one after the other."""
     return (

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from masksplat.cpu.adam import adam_span
-from masksplat.cpu.kernel import device, kernel
+from masksplat.cpu.kernel import allocating, device, kernel
 from masksplat.cpu.project_backward import backward_scratch, chunk_backward
 from masksplat.cpu.simd import LANES
 from masksplat.types import SLOT_UNSEEN
@@ -35,11 +35,24 @@ def update_rows(
     `adam_span` needs for each; its gradient scale applies to d_masks, too, but not to the statistics.
     """
     means = gaussian[0]
-    num_rows, num_higher = means.shape[0], 3 * gaussian[5].shape[1]
+    num_higher = 3 * gaussian[5].shape[1]
     scratch = backward_scratch(means)
     batches = (np.empty(ROWS_PER_CHUNK, np.int64), np.empty(LANES, np.int64), np.empty(LANES, np.int64))
     widths = np.array([3, 4, 3, 1, 3, num_higher, 1])
     gradients = chunk_gradients(means, num_higher)
+    update_chunks(
+        task, num_tasks, gaussian, flat, exp_avg, exp_avg_sq, factors, cameras, sizes, limits, flags, slots, d_rows,
+        norm_sum, view_count, d_masks, scratch, batches, widths, gradients,
+    )  # fmt: skip
+
+
+@device
+def update_chunks(
+    task, num_tasks, gaussian, flat, exp_avg, exp_avg_sq, factors, cameras, sizes, limits, flags, slots, d_rows,
+    norm_sum, view_count, d_masks, scratch, batches, widths, gradients,
+):  # fmt: skip
+    """`update_rows` with arrays to work in."""
+    num_rows = gaussian[0].shape[0]
     stop = (task + 1) * num_rows // num_tasks
     for first in range(task * num_rows // num_tasks, stop, ROWS_PER_CHUNK):
         count = min(ROWS_PER_CHUNK, stop - first)
@@ -55,7 +68,7 @@ def update_rows(
         clear_rows(first, count, slots, widths, gradients)
 
 
-@device
+@allocating
 def chunk_gradients(means, num_higher):
     """Zero gradients of a chunk: flat arrays of means, quats, scales, opacities, sh0, shN, masks."""
     return (
