@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from masksplat.cpu.exponential import exp
 from masksplat.cpu.kernel import device
-from masksplat.cpu.lanes import column, entry, maximum, minimum
+from masksplat.cpu.lanes import entry, four_columns, maximum, minimum, three_columns
 from masksplat.cpu.simd import broadcast, square_root
 
 CAMERA_SIZE = 23
@@ -35,12 +35,6 @@ def world_turn(camera):
 
 
 @device
-def mean_of(means, index):
-    """World coordinates of the batch."""
-    return column(means, index, 0), column(means, index, 1), column(means, index, 2)
-
-
-@device
 def camera_point(camera, turn, mean):
     """World points to camera coordinates."""
     x, y, z = mean
@@ -54,7 +48,7 @@ def camera_point(camera, turn, mean):
 @device
 def unit_quaternion(quats, index):
     """(w, x, y, z) after normalisation, and 1 / norm."""
-    w, x, y, z = column(quats, index, 0), column(quats, index, 1), column(quats, index, 2), column(quats, index, 3)
+    w, x, y, z = four_columns(quats, 4, index, 0)
     inverse = broadcast(quats.dtype.type(1)) / square_root(w * w + x * x + y * y + z * z)
     return w * inverse, x * inverse, y * inverse, z * inverse, inverse
 
@@ -127,7 +121,7 @@ def determinants(half, cov, eps2d):
 @device
 def activated_scale(scales, index, activated):
     """The three standard deviations in world units."""
-    x, y, z = column(scales, index, 0), column(scales, index, 1), column(scales, index, 2)
+    x, y, z = three_columns(scales, index)
     if activated:
         return x, y, z
     highest = broadcast(scales.dtype.type(EXP_LIMIT))

@@ -8,18 +8,27 @@ results back writes the first `count` lanes only.
 from __future__ import annotations
 
 from masksplat.cpu.kernel import device
-from masksplat.cpu.simd import LANES, load, pack, select_gt, store, transpose
+from masksplat.cpu.simd import LANES, load, load_halves, pack, select_gt, store, transpose, transpose_halves
 
 COEFFICIENTS = 48
 """Vectors of scratch for a row of shN, 3 (K - 1) <= 45."""
 
 
 @device
-def column(array, index, c):
-    """Column c of a 2-D array at the batch's rows."""
-    return pack(
-        array[index[0], c], array[index[1], c], array[index[2], c], array[index[3], c],
-        array[index[4], c], array[index[5], c], array[index[6], c], array[index[7], c],
+def three_columns(flat, index):
+    """The three columns of the batch's rows in a flat array of rows of three."""
+    a, b, c, d = 3 * index[0], 3 * index[1], 3 * index[2], 3 * index[3]
+    e, f, g, h = 3 * index[4], 3 * index[5], 3 * index[6], 3 * index[7]
+    return (
+        pack(flat[a], flat[b], flat[c], flat[d], flat[e], flat[f], flat[g], flat[h]),
+        pack(
+            flat[a + 1], flat[b + 1], flat[c + 1], flat[d + 1],
+            flat[e + 1], flat[f + 1], flat[g + 1], flat[h + 1],
+        ),
+        pack(
+            flat[a + 2], flat[b + 2], flat[c + 2], flat[d + 2],
+            flat[e + 2], flat[f + 2], flat[g + 2], flat[h + 2],
+        ),
     )  # fmt: skip
 
 
@@ -52,23 +61,27 @@ def minimum(a, b):
 
 
 @device
-def group_start(group, width):
-    """First column of a group of eight; the last group of a row of `width` >= 8 columns overlaps the one before."""
-    return min(group * LANES, width - LANES)
+def four_columns(flat, width, index, start):
+    """Columns start, ..., start + 3 of the batch's rows of `width` numbers in a flat array: four vectors."""
+    return transpose_halves(
+        load_halves(flat, index[0] * width + start, index[4] * width + start),
+        load_halves(flat, index[1] * width + start, index[5] * width + start),
+        load_halves(flat, index[2] * width + start, index[6] * width + start),
+        load_halves(flat, index[3] * width + start, index[7] * width + start),
+    )
 
 
 @device
 def read_rows(flat, width, index, num_columns, out):
-    """out[8 j :] = column j of rows of `width` numbers in a flat array, for j < num_columns (0, or 8 and more)."""
-    for group in range((num_columns + LANES - 1) // LANES):
-        start = group_start(group, width)
-        vectors = transpose(
-            load(flat, index[0] * width + start), load(flat, index[1] * width + start),
-            load(flat, index[2] * width + start), load(flat, index[3] * width + start),
-            load(flat, index[4] * width + start), load(flat, index[5] * width + start),
-            load(flat, index[6] * width + start), load(flat, index[7] * width + start),
-        )  # fmt: skip
-        store_eight(out, start * LANES, vectors)
+    """out[8 j :] = column j of rows of `width` numbers in a flat array, for j < num_columns (0, or 4 and more)."""
+    for group in range((num_columns + 3) // 4):
+        start = min(4 * group, width - 4)  # the last group of a row overlaps the one before
+        vectors = four_columns(flat, width, index, start)
+        at = start * LANES
+        store(out, at, vectors[0])
+        store(out, at + LANES, vectors[1])
+        store(out, at + 2 * LANES, vectors[2])
+        store(out, at + 3 * LANES, vectors[3])
 
 
 @device
