@@ -144,9 +144,8 @@ class CpuBody:
         self.team.run(
             update_rows, self.num_tasks, table, tuple(map(_flat, optimizer.exp_avg)),
             tuple(map(_flat, optimizer.exp_avg_sq)), factors, pack_cameras(views, dtype),
-            np.array(views.sizes, np.int64), _limits(settings, dtype), _flags(settings, gaussians),
-            _array(splats.slots), _flat(splats.rows), _flat(d_rows), _array(statistics.grad_norm_sum),
-            _array(statistics.view_count), d_masks,
+            _limits(settings, dtype), _flags(settings, gaussians), _array(splats.slots), _flat(splats.rows),
+            _flat(d_rows), _array(statistics.grad_norm_sum), _array(statistics.view_count), d_masks,
         )  # fmt: skip
         return torch.from_numpy(d_masks)
 
@@ -281,6 +280,7 @@ def pack_cameras(views: Views, dtype: Any) -> Array:
         packed[view, 16:18] = -cx / fx - margin_x, (width - cx) / fx + margin_x
         packed[view, 18:20] = -cy / fy - margin_y, (height - cy) / fy + margin_y
         packed[view, 20:23] = -turn.T @ shift
+        packed[view, 23:25] = 0.5 * width, 0.5 * height
     return packed.astype(dtype)
 
 

@@ -15,20 +15,30 @@ COEFFICIENTS = 48
 
 
 @device
+def row_starts(index, width):
+    """Where the batch's rows of `width` numbers begin in a flat array.
+
+    Worked out once for all reads: LLVM would read `index` again after every store.
+    """
+    return (
+        index[0] * width, index[1] * width, index[2] * width, index[3] * width,
+        index[4] * width, index[5] * width, index[6] * width, index[7] * width,
+    )  # fmt: skip
+
+
+@device
 def three_columns(flat, index):
     """The three columns of the batch's rows in a flat array of rows of three."""
-    a, b, c, d = 3 * index[0], 3 * index[1], 3 * index[2], 3 * index[3]
-    e, f, g, h = 3 * index[4], 3 * index[5], 3 * index[6], 3 * index[7]
-    return (
-        pack(flat[a], flat[b], flat[c], flat[d], flat[e], flat[f], flat[g], flat[h]),
-        pack(
-            flat[a + 1], flat[b + 1], flat[c + 1], flat[d + 1],
-            flat[e + 1], flat[f + 1], flat[g + 1], flat[h + 1],
-        ),
-        pack(
-            flat[a + 2], flat[b + 2], flat[c + 2], flat[d + 2],
-            flat[e + 2], flat[f + 2], flat[g + 2], flat[h + 2],
-        ),
+    at = row_starts(index, 3)
+    return single_column(flat, at, 0), single_column(flat, at, 1), single_column(flat, at, 2)
+
+
+@device
+def single_column(flat, at, c):
+    """Column c of the rows that begin at `at`."""
+    return pack(
+        flat[at[0] + c], flat[at[1] + c], flat[at[2] + c], flat[at[3] + c],
+        flat[at[4] + c], flat[at[5] + c], flat[at[6] + c], flat[at[7] + c],
     )  # fmt: skip
 
 
@@ -61,27 +71,28 @@ def minimum(a, b):
 
 
 @device
-def four_columns(flat, width, index, start):
-    """Columns start, ..., start + 3 of the batch's rows of `width` numbers in a flat array: four vectors."""
+def four_columns(flat, at, start):
+    """Columns start, ..., start + 3 of the rows that begin at `at`: four vectors."""
     return transpose_halves(
-        load_halves(flat, index[0] * width + start, index[4] * width + start),
-        load_halves(flat, index[1] * width + start, index[5] * width + start),
-        load_halves(flat, index[2] * width + start, index[6] * width + start),
-        load_halves(flat, index[3] * width + start, index[7] * width + start),
+        load_halves(flat, at[0] + start, at[4] + start),
+        load_halves(flat, at[1] + start, at[5] + start),
+        load_halves(flat, at[2] + start, at[6] + start),
+        load_halves(flat, at[3] + start, at[7] + start),
     )
 
 
 @device
 def read_rows(flat, width, index, num_columns, out):
     """out[8 j :] = column j of rows of `width` numbers in a flat array, for j < num_columns (0, or 4 and more)."""
+    at = row_starts(index, width)
     for group in range((num_columns + 3) // 4):
         start = min(4 * group, width - 4)  # the last group of a row overlaps the one before
-        vectors = four_columns(flat, width, index, start)
-        at = start * LANES
-        store(out, at, vectors[0])
-        store(out, at + LANES, vectors[1])
-        store(out, at + 2 * LANES, vectors[2])
-        store(out, at + 3 * LANES, vectors[3])
+        vectors = four_columns(flat, at, start)
+        place = start * LANES
+        store(out, place, vectors[0])
+        store(out, place + LANES, vectors[1])
+        store(out, place + 2 * LANES, vectors[2])
+        store(out, place + 3 * LANES, vectors[3])
 
 
 @device

@@ -11,6 +11,8 @@ import numpy as np
 from masksplat.cpu.geometry import (
     FX,
     FY,
+    HALF_HEIGHT,
+    HALF_WIDTH,
     X_HIGH,
     X_LOW,
     Y_HIGH,
@@ -35,6 +37,7 @@ from masksplat.cpu.lanes import (
     four_columns,
     load_transposed,
     read_rows,
+    row_starts,
     store_eight,
     three_columns,
 )
@@ -51,20 +54,24 @@ from masksplat.cpu.simd import (
 from masksplat.cpu.spherical_harmonics import C0, basis_gradient, direction_gradient, times, write_basis
 from masksplat.types import NUM_ROW_COLUMNS
 
-MEAN, QUAT, SCALE, OPACITY, SH0, NUM_SMALL = 0, 3, 7, 10, 11, 14
-"""Vectors of a batch's gradients, all but those of shN, in scratch."""
+MEAN, QUAT, SCALE, OPACITY, SH0, MASK, NORM, NUM_SMALL = 0, 3, 7, 10, 11, 14, 15, 16
+"""Vectors of a batch's gradients, all but those of shN, in scratch; NORM is that of the mean's in NDC."""
 
 BASES = 16
 
-ROWS_PER_CHUNK = 1024
+ROWS_PER_CHUNK = 512
 """Rows whose gradients are gathered before somebody takes them.
 
-They fit the L2 cache (242 kB in float32). Fewer rows are shorter stretches of each of the 18 arrays of an update than
+They fit the L2 cache (125 kB in float32), and malloc has them at hand: it would ask the system for more than 128 kB in
+one piece, page by page and in every task. Fewer rows are shorter stretches of each of the 18 arrays of an update than
 memory is read well in: with 64, a dense update takes 1.4 times as long.
 """
 
 NUM_ATTRIBUTES = 6
 """means, quats, scales, opacities, sh0, shN: the order of every tuple here."""
+
+MASKS, NORMS = 6, 7
+"""Places in the gradients of a chunk behind the attributes."""
 
 
 @allocating
@@ -83,8 +90,8 @@ def backward_scratch(real):
 def chunk_space(real, width):
     """(gradients of a chunk, visible rows, rows in the lanes, their splats) for `chunk_backward`.
 
-    Gradients are flat arrays of means, quats, scales, opacities, sh0 and shN, whose rows have `width` numbers; the
-    last is longer than its rows, since they are written in whole vectors.
+    Gradients are flat arrays of means, quats, scales, opacities, sh0, shN, whose rows have `width` numbers, masks, and
+    the norms of 3DGS's densify statistics. That of shN is longer than its rows, which are written in whole vectors.
     """
     gradients = (
         np.empty(ROWS_PER_CHUNK * 3, real),
@@ -93,6 +100,8 @@ def chunk_space(real, width):
         np.empty(ROWS_PER_CHUNK, real),
         np.empty(ROWS_PER_CHUNK * 3, real),
         np.empty(ROWS_PER_CHUNK * width + COEFFICIENTS, real),
+        np.empty(ROWS_PER_CHUNK, real),
+        np.empty(ROWS_PER_CHUNK, real),
     )
     return gradients, np.empty(ROWS_PER_CHUNK, np.int64), np.empty(LANES, np.int64), np.empty(LANES, np.int64)
 
@@ -105,7 +114,7 @@ def chunk_backward(first, count, gaussian, cameras, limits, flags, slots, rows, 
     gradient, all flat; `flags` is as for `project_rows`, `scratch` from `backward_scratch`, `space` from `chunk_space`.
     """
     gradients, visible, index, splat_index = space
-    for q in range(NUM_ATTRIBUTES):
+    for q in range(len(gradients)):
         clear(gradients[q])
     for view in range(cameras.shape[0]):
         num_visible = 0
@@ -134,11 +143,15 @@ def clear(values):
 def batch_backward(gaussian, index, splat_index, camera, limits, flags, rows, d_rows, scratch):
     """Gradients of eight Gaussians from the gradients of their splats, into scratch."""
     turn, mean = world_turn(camera), three_columns(gaussian[0], index)
-    d_x, d_y, d_a, d_b = four_columns(d_rows, NUM_ROW_COLUMNS, splat_index, 0)
-    d_c, d_opacity, d_red, d_green = four_columns(d_rows, NUM_ROW_COLUMNS, splat_index, 4)
-    _, _, d_blue, _ = four_columns(d_rows, NUM_ROW_COLUMNS, splat_index, 6)
-    a, b, c, alpha = four_columns(rows, NUM_ROW_COLUMNS, splat_index, 2)
-    red, green, blue, _ = four_columns(rows, NUM_ROW_COLUMNS, splat_index, 6)
+    at = row_starts(splat_index, NUM_ROW_COLUMNS)
+    d_x, d_y, d_a, d_b = four_columns(d_rows, at, 0)
+    d_c, d_opacity, d_red, d_green = four_columns(d_rows, at, 4)
+    _, _, d_blue, d_mask = four_columns(d_rows, at, 6)
+    a, b, c, alpha = four_columns(rows, at, 2)
+    red, green, blue, _ = four_columns(rows, at, 6)
+    u, v = d_x * broadcast(camera[HALF_WIDTH]), d_y * broadcast(camera[HALF_HEIGHT])
+    store(scratch[3], MASK * LANES, d_mask)
+    store(scratch[3], NORM * LANES, square_root(u * u + v * v))
     if flags[0] >= 0:  # channels clamped at 0 have no gradient
         zero = d_red - d_red
         d_red = select_gt(red, zero, d_red, zero)
@@ -318,6 +331,8 @@ def add_batch(index, base, count, flags, has_sum, scratch, gradients):
     add_columns(index, base, count, small, SCALE, 3, gradients[2])
     add_columns(index, base, count, small, OPACITY, 1, gradients[3])
     add_columns(index, base, count, small, SH0, 3, gradients[4])
+    add_columns(index, base, count, small, MASK, 1, gradients[MASKS])
+    add_columns(index, base, count, small, NORM, 1, gradients[NORMS])
     degree, d_colours = flags[0], 2 * LANES * LANES
     if degree < 1:
         return
@@ -367,16 +382,6 @@ def add_columns(index, base, count, small, start, width, target):
             target[at + c] += small[(start + c) * LANES + lane]
 
 
-@device
-def mask_gradient(i, slots, d_rows):
-    """dL/dmask of Gaussian i, summed over the views."""
-    total = d_rows.dtype.type(0)
-    for view in range(slots.shape[0]):
-        if slots[view, i] >= 0:
-            total += d_rows[slots[view, i] * NUM_ROW_COLUMNS + NUM_ROW_COLUMNS - 1]
-    return total
-
-
 @kernel
 def project_backward_rows(
     task, num_tasks, gaussian, cameras, limits, flags, slots, rows, d_rows, gradients, d_masks
@@ -402,8 +407,7 @@ def backward_span(
         chunk_backward(first, count, gaussian, cameras, limits, flags, slots, rows, d_rows, scratch, space)
         for q in range(NUM_ATTRIBUTES):
             copy(space[0][q], gradients[q], first * widths[q], count * widths[q])
-        for i in range(first, first + count):
-            d_masks[i] = mask_gradient(i, slots, d_rows)
+        copy(space[0][MASKS], d_masks, first, count)
 
 
 @device

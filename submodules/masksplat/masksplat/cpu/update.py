@@ -3,26 +3,25 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from masksplat.cpu.adam import adam_span
 from masksplat.cpu.kernel import device, kernel
 from masksplat.cpu.project_backward import (
+    MASKS,
+    NORMS,
     NUM_ATTRIBUTES,
     ROWS_PER_CHUNK,
     backward_scratch,
     chunk_backward,
     chunk_space,
-    mask_gradient,
 )
-from masksplat.types import NUM_ROW_COLUMNS, SLOT_UNSEEN
+from masksplat.types import SLOT_UNSEEN
 
 
 @kernel
 def update_rows(
-    task, num_tasks, gaussian, exp_avg, exp_avg_sq, factors, cameras, sizes, limits, flags, slots, rows, d_rows,
+    task, num_tasks, gaussian, exp_avg, exp_avg_sq, factors, cameras, limits, flags, slots, rows, d_rows,
     norm_sum, view_count, d_masks,
 ):  # fmt: skip
     """Update the rows of this task in place.
@@ -36,38 +35,34 @@ def update_rows(
     widths = np.array([3, 4, 3, 1, 3, flags[3]])
     start, stop = task * num_rows // num_tasks, (task + 1) * num_rows // num_tasks
     update_span(
-        start, stop, gaussian, exp_avg, exp_avg_sq, factors, cameras, sizes, limits, flags, slots, rows, d_rows,
+        start, stop, gaussian, exp_avg, exp_avg_sq, factors, cameras, limits, flags, slots, rows, d_rows,
         norm_sum, view_count, d_masks, scratch, space, widths,
     )  # fmt: skip
 
 
 @device
 def update_span(
-    start, stop, gaussian, exp_avg, exp_avg_sq, factors, cameras, sizes, limits, flags, slots, rows, d_rows,
+    start, stop, gaussian, exp_avg, exp_avg_sq, factors, cameras, limits, flags, slots, rows, d_rows,
     norm_sum, view_count, d_masks, scratch, space, widths,
 ):  # fmt: skip
     """`update_rows` for the rows from `start` to `stop`, with arrays to work in."""
     for first in range(start, stop, ROWS_PER_CHUNK):
         count = min(ROWS_PER_CHUNK, stop - first)
         chunk_backward(first, count, gaussian, cameras, limits, flags, slots, rows, d_rows, scratch, space)
-        for i in range(first, first + count):
-            d_masks[i] = mask_gradient(i, slots, d_rows) * factors[0, 5]
-            add_statistics(i, slots, d_rows, sizes, norm_sum, view_count)
+        for k in range(count):
+            d_masks[first + k] = space[0][MASKS][k] * factors[0, 5]
+        add_statistics(first, count, slots, space[0][NORMS], norm_sum, view_count)
         for q in range(NUM_ATTRIBUTES):
             at, size = first * widths[q], count * widths[q]
             adam_span(gaussian[q], space[0][q], exp_avg[q], exp_avg_sq[q], at, 0, size, factors[q])
 
 
 @device
-def add_statistics(i, slots, d_rows, sizes, norm_sum, view_count):
+def add_statistics(first, count, slots, norms, norm_sum, view_count):
     """3DGS's densify statistics: norm of the NDC-scaled gradient of the 2D mean, and the number of views."""
-    half = norm_sum.dtype.type(0.5)
+    one, zero = norm_sum.dtype.type(1), norm_sum.dtype.type(0)
+    for k in range(count):
+        norm_sum[first + k] += norms[k]
     for view in range(slots.shape[0]):
-        slot = slots[view, i]
-        if slot == SLOT_UNSEEN:
-            continue
-        view_count[i] += norm_sum.dtype.type(1)
-        if slot >= 0:
-            x = d_rows[slot * NUM_ROW_COLUMNS] * half * norm_sum.dtype.type(sizes[view, 0])
-            y = d_rows[slot * NUM_ROW_COLUMNS + 1] * half * norm_sum.dtype.type(sizes[view, 1])
-            norm_sum[i] += math.sqrt(x * x + y * y)
+        for i in range(first, first + count):
+            view_count[i] += zero if slots[view, i] == SLOT_UNSEEN else one
