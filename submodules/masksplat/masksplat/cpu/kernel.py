@@ -50,7 +50,8 @@ device = _compiled(forceinline=True, _nrt=False)
 """For functions called in inner loops: a real call passes every array as seven values and counts references.
 
 Compiled without numba's runtime, so that nothing here counts references at all: numba takes the pairs of counts out of
-straight code only, and around a branch each array costs two atomic operations. Such a function can make no array.
+straight code only, and around a branch each array costs two atomic operations. Such a function can make no array, and
+must return none: its caller would give back a reference that nobody took.
 """
 
 allocating = _compiled(forceinline=True)
