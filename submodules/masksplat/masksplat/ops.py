@@ -52,7 +52,10 @@ class Body(Protocol):
     def project_backward(
         self, gaussians: Gaussians, views: Views, settings: ProjectionSettings, splats: Splats, d_rows: Tensor
     ) -> GaussianGradients:
-        """Gradients of the parameters and masks, summed over views, from `d_rows` (M, 10)."""
+        """Gradients of the parameters and masks, summed over views, from `d_rows` (M, 10).
+
+        `splats` are what `project` made of these Gaussians; bodies may read their rows instead of projecting again.
+        """
 
     def project_backward_update(
         self,

@@ -35,7 +35,6 @@ from masksplat.types import (
     Splats,
     Statistics,
     Views,
-    empty_like_gradients,
 )
 
 Array = np.ndarray[Any, Any]
@@ -85,9 +84,8 @@ class CpuBody:
         for view, size in enumerate(views.sizes):
             counts = np.zeros(self.num_tasks, np.int64)
             self.team.run(
-                project_rows, self.num_tasks, table, table[5].reshape(-1), mask_array,
-                cameras[view], np.array(size), _flags(settings),
-                _limits(settings, dtype), slots[view], packed, packed_boxes, counts,
+                project_rows, self.num_tasks, table, mask_array, cameras[view], np.array(size),
+                _flags(settings, gaussians), _limits(settings, dtype), slots[view], packed, packed_boxes, counts,
             )  # fmt: skip
             parts.append(self._compact(id_array, slots[view], packed, packed_boxes, counts, offsets[-1]))
             offsets.append(offsets[-1] + int(counts.sum()))
@@ -116,11 +114,13 @@ class CpuBody:
         """See `Body.project_backward`."""
         table = _table_arrays(gaussians)
         dtype = table[0].dtype
-        gradients = empty_like_gradients(gaussians)
+        tensors = (*_tensors_of(gaussians), gaussians.opacities)
+        gradients = GaussianGradients(*(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors))
+        *attributes, d_masks = map(_flat, gradients)
         self.team.run(
-            project_backward_rows, self.num_tasks, table, table[5].reshape(-1), pack_cameras(views, dtype),
-            _limits(settings, dtype),
-            _flags(settings), _array(splats.slots), _array(d_rows), tuple(_array(g).reshape(-1) for g in gradients),
+            project_backward_rows, self.num_tasks, table, pack_cameras(views, dtype), _limits(settings, dtype),
+            _flags(settings, gaussians), _array(splats.slots), _flat(splats.rows), _flat(d_rows),
+            tuple(attributes), d_masks,
         )  # fmt: skip
         return gradients
 
@@ -142,12 +142,10 @@ class CpuBody:
         d_masks = np.empty(len(gaussians), dtype)
         factors = np.array([_adam_factors(step, gradient_scale) for step in optimizer.steps], dtype)
         self.team.run(
-            update_rows, self.num_tasks, table, tuple(a.reshape(-1) for a in table),
-            tuple(_array(m).reshape(-1) for m in optimizer.exp_avg),
-            tuple(_array(v).reshape(-1) for v in optimizer.exp_avg_sq), factors, pack_cameras(views, dtype),
-            np.array(views.sizes, np.int64), _limits(settings, dtype), _flags(settings), _array(splats.slots),
-            _array(d_rows), _array(statistics.grad_norm_sum),
-            _array(statistics.view_count), d_masks,
+            update_rows, self.num_tasks, table, tuple(map(_flat, optimizer.exp_avg)),
+            tuple(map(_flat, optimizer.exp_avg_sq)), factors, pack_cameras(views, dtype),
+            _limits(settings, dtype), _flags(settings, gaussians), _array(splats.slots), _flat(splats.rows),
+            _flat(d_rows), _array(statistics.grad_norm_sum), _array(statistics.view_count), d_masks,
         )  # fmt: skip
         return torch.from_numpy(d_masks)
 
@@ -282,6 +280,7 @@ def pack_cameras(views: Views, dtype: Any) -> Array:
         packed[view, 16:18] = -cx / fx - margin_x, (width - cx) / fx + margin_x
         packed[view, 18:20] = -cy / fy - margin_y, (height - cy) / fy + margin_y
         packed[view, 20:23] = -turn.T @ shift
+        packed[view, 23:25] = 0.5 * width, 0.5 * height
     return packed.astype(dtype)
 
 
@@ -289,18 +288,18 @@ def _array(tensor: Tensor) -> Array:
     return tensor.detach().contiguous().numpy()
 
 
+def _flat(tensor: Tensor) -> Array:
+    return _array(tensor).reshape(-1)
+
+
+def _tensors_of(gaussians: Gaussians) -> tuple[Tensor, ...]:
+    """The attributes in the order of every tuple of the kernels."""
+    g = gaussians
+    return g.means, g.quats, g.scales, g.opacities, g.sh0, g.shN
+
+
 def _table_arrays(gaussians: Gaussians) -> tuple[Array, ...]:
-    return tuple(
-        _array(tensor)
-        for tensor in (
-            gaussians.means,
-            gaussians.quats,
-            gaussians.scales,
-            gaussians.opacities,
-            gaussians.sh0,
-            gaussians.shN,
-        )  # fmt: skip
-    )
+    return tuple(map(_flat, _tensors_of(gaussians)))
 
 
 def _view_arrays(splats: Splats, view: int) -> tuple[Array, Array]:
@@ -308,9 +307,9 @@ def _view_arrays(splats: Splats, view: int) -> tuple[Array, Array]:
     return _array(splats.rows)[first:last], _array(splats.boxes)[first:last]
 
 
-def _flags(settings: ProjectionSettings) -> Array:
+def _flags(settings: ProjectionSettings, gaussians: Gaussians) -> Array:
     degree = -1 if settings.sh_degree is None else settings.sh_degree
-    return np.array([degree, settings.activated, settings.antialiased], np.int64)
+    return np.array([degree, settings.activated, settings.antialiased, 3 * gaussians.shN.shape[1]], np.int64)
 
 
 def _limits(settings: ProjectionSettings, dtype: Any) -> Array:
