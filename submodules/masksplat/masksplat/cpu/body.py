@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from masksplat.cpu import photometric as loss_kernels
+from masksplat.cpu.absolute import absolute_tiles, sum_pairs
 from masksplat.cpu.adam import adam_rows
 from masksplat.cpu.binning import TileLists, bin_splats
 from masksplat.cpu.geometry import CAMERA_SIZE
@@ -29,6 +30,7 @@ from masksplat.types import (
     Frame,
     GaussianGradients,
     Gaussians,
+    ImageGradient,
     Optimizer,
     PhotometricLoss,
     ProjectionSettings,
@@ -210,6 +212,21 @@ class CpuBody:
         if overwrite:
             d_rows[first:last] = 0.0
         self.team.run(sum_instances, self.num_tasks, lists.instance_offsets, packed, sums, _array(d_rows)[first:last])
+
+    def absolute_gradients(self, splats: Splats, frame: Frame, gradient: ImageGradient) -> Tensor:
+        """See `Body.absolute_gradients`."""
+        state: _FrameState = frame.state
+        lists = state.lists
+        packed, _ = _view_arrays(splats, frame.view)
+        sums = np.zeros((lists.num_instances, 2), packed.dtype)
+        self.team.run(
+            absolute_tiles, self.num_tasks, tile_constants(packed.dtype), packed, _array(gradient.colours),
+            lists.tile_offsets, lists.splats, lists.instances, state.region, state.ends, state.covers,
+            _array(gradient.d_image), _array(gradient.behind), sums,
+        )  # fmt: skip
+        total = np.zeros((len(packed), 2), packed.dtype)
+        sum_pairs(lists.instance_offsets, sums, total)
+        return torch.from_numpy(total)
 
     def photometric(
         self,
