@@ -120,7 +120,7 @@ class CpuBody:
         gradients = GaussianGradients(*(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors))
         *attributes, d_masks = map(_flat, gradients)
         self.team.run(
-            project_backward_rows, self.num_tasks, table, pack_cameras(views, dtype), _limits(settings, dtype),
+            project_backward_rows, self.num_tasks, table, _cameras_with_size(views, dtype), _limits(settings, dtype),
             _flags(settings, gaussians), _array(splats.slots), _flat(splats.rows), _flat(d_rows),
             tuple(attributes), d_masks,
         )  # fmt: skip
@@ -145,7 +145,7 @@ class CpuBody:
         factors = np.array([_adam_factors(step, gradient_scale) for step in optimizer.steps], dtype)
         self.team.run(
             update_rows, self.num_tasks, table, tuple(map(_flat, optimizer.exp_avg)),
-            tuple(map(_flat, optimizer.exp_avg_sq)), factors, pack_cameras(views, dtype),
+            tuple(map(_flat, optimizer.exp_avg_sq)), factors, _cameras_with_size(views, dtype),
             _limits(settings, dtype), _flags(settings, gaussians), _array(splats.slots), _flat(splats.rows),
             _flat(d_rows), _array(statistics.grad_norm_sum), _array(statistics.view_count), d_masks,
         )  # fmt: skip
@@ -297,8 +297,12 @@ def pack_cameras(views: Views, dtype: Any) -> Array:
         packed[view, 16:18] = -cx / fx - margin_x, (width - cx) / fx + margin_x
         packed[view, 18:20] = -cy / fy - margin_y, (height - cy) / fy + margin_y
         packed[view, 20:23] = -turn.T @ shift
-        packed[view, 23:25] = 0.5 * width, 0.5 * height
     return packed.astype(dtype)
+
+
+def _cameras_with_size(views: Views, dtype: Any) -> Array:
+    """(B, CAMERA_SIZE + 2): packed cameras, and half of width and height."""
+    return np.concatenate([pack_cameras(views, dtype), 0.5 * np.array(views.sizes, dtype)], axis=1, dtype=dtype)
 
 
 def _array(tensor: Tensor) -> Array:

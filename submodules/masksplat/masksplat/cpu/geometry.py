@@ -13,14 +13,14 @@ from masksplat.cpu.kernel import device
 from masksplat.cpu.lanes import entry, four_columns, maximum, minimum, row_starts, three_columns
 from masksplat.cpu.simd import broadcast, square_root
 
-CAMERA_SIZE = 25
-"""Floats of a packed camera: R (9, row-major), t (3), fx, fy, cx, cy, low and high clamp of x/z, of y/z, centre (3),
-half of width and height."""
+CAMERA_SIZE = 23
+"""Floats of a packed camera: R (9, row-major), t (3), fx, fy, cx, cy, low and high clamp of x/z, of y/z, centre (3)."""
 
 FX, FY, CX, CY = 12, 13, 14, 15
 X_LOW, X_HIGH, Y_LOW, Y_HIGH = 16, 17, 18, 19
 CENTRE = 20
-HALF_WIDTH, HALF_HEIGHT = 23, 24
+HALF_WIDTH, HALF_HEIGHT = CAMERA_SIZE, CAMERA_SIZE + 1
+"""Of the image, in pixels: behind a packed camera where gradients are asked for."""
 
 EXP_LIMIT = 80
 """Arguments of exp are clamped here, before float32 overflows: a scale or an odds ratio of 5e34 is no scene."""

@@ -111,7 +111,8 @@ def chunk_backward(first, count, gaussian, cameras, limits, flags, slots, rows, 
     """Set the gradients in `space` to those of the Gaussians first, ..., first + count - 1, summed over the views.
 
     `gaussian` is (means, quats, scales, opacities, sh0, shN) and `rows` and `d_rows` are the splats' rows and their
-    gradient, all flat; `flags` is as for `project_rows`, `scratch` from `backward_scratch`, `space` from `chunk_space`.
+    gradient, all flat; cameras have HALF_WIDTH and HALF_HEIGHT, `flags` is as for `project_rows`, `scratch` comes from
+    `backward_scratch`, `space` from `chunk_space`.
     """
     gradients, visible, index, splat_index = space
     for q in range(len(gradients)):
