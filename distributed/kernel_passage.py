@@ -63,6 +63,9 @@ class RoomForRows(Protocol):
     def windows_for(self, num_gaussians: int, num_regions: int, num_ranks: int) -> Windows:
         """The room of this exchange, equal on all ranks."""
 
+    def provide(self, needed: Sequence[int]) -> None:
+        """Make room where `needed` (`StepNumbers.needed`) nearly fills it. At the same step on all ranks."""
+
 
 @dataclass(frozen=True)
 class HostNumbers:

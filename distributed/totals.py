@@ -30,6 +30,9 @@ NUM_LOSSES = 2
 WORD, COUNT = 8, 4
 """Bytes of a float64 or int64, and of an int32."""
 
+STATUS_WINDOWS = slice(3, 6)
+"""The status words that say what was needed of windows (`masksplat.cuda.capacity`)."""
+
 
 def kernels_for(values: Tensor) -> Launcher | None:
     """What launches the kernels that pack the numbers of a step; None where torch operations have to do."""
@@ -52,7 +55,8 @@ class StepNumbers:
     """What one step did, over all ranks.
 
     l1, ssim: means over the views. num_drawn: masks that were 1. has_overflow: whether a buffer of a body was too
-    small, so that nothing was updated. The rest is worked out when somebody asks, which in a world of one few do.
+    small, so that nothing was updated. needed: of the windows between ranks, so far, which all of them count alike;
+    nothing where there are none. The rest is worked out when somebody asks, which in a world of one few do.
     """
 
     l1: float
@@ -61,6 +65,7 @@ class StepNumbers:
     has_overflow: bool
     partition: PixelPartition
     of_ranks: tuple[RankNumbers, ...]
+    needed: tuple[int, ...] = ()
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -195,8 +200,10 @@ class StepTotals:
             l1, ssim = l1 + sum(terms[::NUM_LOSSES]), ssim + sum(terms[1::NUM_LOSSES])  # by ranks, regions
             num_rows = int(rows.view(np.int64)[0]) if len(rows) else self.num_rows
             of_ranks.append(RankNumbers(num_rows, pairs.view(np.int64), splats.view(np.int32)))
-        num_views = len(self.partition.heights)
-        return StepNumbers(l1 / num_views, ssim / num_views, num_drawn, has_overflow, self.partition, tuple(of_ranks))
+        num_views, needed = len(self.partition.heights), tuple(status.view(np.int32)[STATUS_WINDOWS].tolist())
+        return StepNumbers(
+            l1 / num_views, ssim / num_views, num_drawn, has_overflow, self.partition, tuple(of_ranks), needed
+        )
 
 
 def _cut(row: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:

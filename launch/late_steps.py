@@ -18,7 +18,7 @@ from distributed.exchange import ExchangeRecord
 from distributed.totals import StepNumbers, StepTotals
 from distributed.transfer import Fetched
 from gaussian_renderer.step import StepResult
-from launch.bodies import OverflowWatch, overflow_watch
+from launch.bodies import OverflowWatch, overflow_watch, room_of_windows
 from launch.recorder import Recorder, Seen
 from launch.training import Training
 from strategies.base import LateNumber, Numbers
@@ -44,6 +44,7 @@ class LateSteps:
         self._training = training
         self._recorder = recorder
         self._watch = overflow_watch(training.body)
+        self._room = room_of_windows(training.body, training.communicator)
         self._pending: deque[_Pending] = deque()
         self._free: list[Fetched] = []  # have been read
 
@@ -80,6 +81,8 @@ class LateSteps:
             numbers = pending.totals.numbers(values)
             if numbers.has_overflow and self._watch is not None:
                 return self._go_back(pending.step, self._watch)
+            if self._room is not None:
+                self._room.provide(numbers.needed)
             self._finish(pending, numbers, others)
             self._free.append(pending.fetched)
         return None

@@ -46,14 +46,16 @@ SECONDS = 150.0  # a training takes five on an idle machine
 class Setting:
     """same_machine: copies travel in windows. buffers: rank -> steps before which its buffers become too small.
 
-    windows: steps before which the windows of all ranks do. is_recorded: steps are recorded, and replayed until the
-    table changes; what becomes too small is noticed in those that are recorded anew. flags: besides FLAGS.
+    windows: steps before which the windows of all ranks do. snug: steps before which regions of all ranks get room for
+    no more than they needed so far. is_recorded: steps are recorded, and replayed until the table changes; what becomes
+    too small is noticed in those that are recorded anew. flags: besides FLAGS.
     """
 
     method: str = "mask"
     same_machine: bool = True
     buffers: Mapping[int, Collection[int]] = field(default_factory=dict)
     windows: Collection[int] = ()
+    snug: Collection[int] = ()
     flags: tuple[str, ...] = ()
     is_recorded: bool = False
 
@@ -97,6 +99,8 @@ def trained(world: Communicator, source: Path, target: Path, setting: Setting) -
             capacity.windows = Windows(256, 512, 40)
             if training.graphs is not None:
                 training.graphs.forget()
+        if step in setting.snug:
+            capacity.windows = capacity.windows._replace(region_rows=int(capacity.status[5]))
         following = one_step(training, recorder, late, step)
         returns.append((step, following))
         return following
@@ -112,6 +116,9 @@ def trained(world: Communicator, source: Path, target: Path, setting: Setting) -
     assert not waiting and not narrow and not bool(training.body.capacity.status[:3].any())
     assert (training.body.capacity.windows is not None) == setting.same_machine
     assert maker is None or sum(graph.num_replays for graph in maker.graphs) > len(maker.graphs) >= 2
+    if setting.same_machine:
+        needed = training.body.capacity.status[3:6].tolist()
+        assert all(0 < need <= 0.8 * have for need, have in zip(needed, training.body.capacity.windows, strict=True))
     if not world.is_main:
         return Outcome(hashes(training), returns, [], [])
     return Outcome(hashes(training), returns, history_of(folder), exchanges_of(folder))
@@ -156,7 +163,7 @@ def check(smooth: list[Outcome], rough: list[Outcome], setting: Setting) -> None
 
 ROUGH = (
     Setting("mask", True, {0: (0, 13), 1: (6, 13, 19)}, windows=(8,)),
-    Setting("3dgs", True, {1: (13,)}, windows=(0, 6, 13, 19)),
+    Setting("3dgs", True, {1: (13,)}, windows=(0, 6, 13, 19), snug=(18,)),
     Setting("mask", False, {0: (0, 13), 1: (2, 5, 7, 13, 19)}),
 )
 """At the first step, amid quiet ones, before an edit, at a log line, at the last; on either rank, and on both."""
@@ -166,7 +173,7 @@ ROUGH = (
 def test_ranks_go_back_together(generated_scene: Path, tmp_path: Path, setting: Setting) -> None:
     for source in (*SOURCES, "rasterize_backward", "exchange", "rank_numbers"):
         make_launcher(EMULATED).kernels(source)
-    quiet = replace(setting, buffers={}, windows=())
+    quiet = replace(setting, buffers={}, windows=(), snug=())
     smooth = run_ranks(trained, 2, generated_scene, tmp_path / "smooth", quiet, seconds=SECONDS)
     check(smooth, run_ranks(trained, 2, generated_scene, tmp_path / "rough", setting, seconds=SECONDS), setting)
 
@@ -190,7 +197,7 @@ def test_gpus_go_back_together(generated_scene: Path, tmp_path: Path, setting: S
         pytest.skip(f"needs two GPUs, found {torch.cuda.device_count()}")
     smooth, rough = [
         run_ranks(trained, 2, generated_scene, tmp_path / name, where, device_type="cuda", seconds=240.0)
-        for name, where in (("smooth", replace(setting, buffers={}, windows=())), ("rough", setting))
+        for name, where in (("smooth", replace(setting, buffers={}, windows=(), snug=())), ("rough", setting))
     ]
     check(smooth, rough, setting)
 

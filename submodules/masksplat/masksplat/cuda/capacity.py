@@ -7,6 +7,7 @@ state does anything. The host looks at the status when it likes, grows the buffe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,9 @@ SEEN_SHARE = 16
 """At first, a region is thought to show one in so many Gaussians, equally many from each rank. That is rather too few:
 a window that grows fits what is needed, one that was too large at first would travel to the end."""
 
+NEARLY_FULL = 0.8
+"""A window of which more than this was needed gets more room before it overflows."""
+
 WINDOW_GRAIN = 256
 """Rows and numbers of a window are a multiple of this (`cuda.exchange.THREADS`)."""
 
@@ -58,10 +62,12 @@ class Windows(NamedTuple):
         rows = _whole_grains(region * -(-num_regions // num_ranks) // num_ranks)
         return cls(rows, MOST_NUMBERS_BACK * rows, _whole_grains(region))
 
-    def grown(self, needed: Windows) -> Windows:
-        """With more room where more was needed."""
+    def grown(self, needed: Sequence[int]) -> Windows:
+        """With more room where it was not enough, or nearly so."""
         pairs = zip(self, needed, strict=True)
-        return Windows(*(_whole_grains(int(GROWTH * need)) if need > have else have for have, need in pairs))
+        return Windows(
+            *(_whole_grains(int(GROWTH * need)) if need > NEARLY_FULL * have else have for have, need in pairs)
+        )
 
 
 def _whole_grains(count: int) -> int:
@@ -98,6 +104,14 @@ class Capacity:
             self.windows = Windows.expected(num_gaussians, num_regions, num_ranks)
         return self.windows
 
+    def provide(self, needed: Sequence[int]) -> None:
+        """Give windows that are nearly full more room from the next exchange on; all ranks call it at the same step.
+
+        Args: needed: the words of the status that say what was needed of the three of `Windows`.
+        """
+        if self.windows is not None:
+            self.windows = self.windows.grown(needed)
+
     def recover(self) -> bool:
         """Grow what was too small and clear the status; True when the work since the last call must be repeated.
 
@@ -116,7 +130,6 @@ class Capacity:
             self.instances = min(int(GROWTH * instances), MOST_INSTANCES)
         if buckets > self.buckets:
             self.buckets = int(GROWTH * buckets)
-        if self.windows is not None:
-            self.windows = self.windows.grown(Windows(*others[: len(self.windows)]))
+        self.provide(others[: len(Windows._fields)])
         self.status.zero_()
         return True
