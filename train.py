@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import chain
 
 from distributed.communicator import Communicator
-from gaussian_renderer.step import draw_and_update
 from launch.cli import parse_train
 from launch.config import TrainConfig, cfg_args_values, to_plain
 from launch.doctor import run_doctor
@@ -20,6 +18,7 @@ from launch.rescue import keeping_what_is_trained
 from launch.run import run_main, tee_output
 from launch.run_logs import open_logs
 from launch.start import Start, begin, find_start
+from launch.step_graphs import compute_step
 from launch.training import Training, build_training
 from launch.world import agree_on_folder, device_type_of, joined_world, parse_once
 from launch.wrap_up import wrap_up
@@ -91,7 +90,7 @@ def train(training: Training, folder: ModelFolder, start: Start) -> bool:
         if start.checkpoint is not None:
             recorder.resume(start.checkpoint)
         late, step = LateSteps(training, recorder), training.first_step
-        with keeping_what_is_trained(training, recorder, late):
+        with keeping_what_is_trained(training, recorder, late), training.recordings():
             while step < training.stop_step:
                 step = train_step(training, recorder, late, step)
         if training.stop_step < training.num_steps:
@@ -108,27 +107,15 @@ def train_step(training: Training, recorder: Recorder, late: LateSteps, step: in
 
     Returns: the number of the next step; an earlier one when a buffer was too small and steps changed nothing.
     """
-    table, strategy, phases = training.table, training.strategy, training.phases
     window, seed = training.window(step), training.config.optimization.seed
     again = late.make_way(window)
     if again is not None:
         return again
-    with phases("photos"):
-        batch = training.batch(step)
-        training.number_rows()
-    with phases("masks"):
-        gate = strategy.sample(table, window, seed)
-    result = draw_and_update(
-        training.tools, table, batch, gate, training.step_settings(window), training.adam_steps(window)
-    )
-    if gate is not None:
-        gate = replace(gate, num_drawn_of_all=result.totals.num_drawn)
-    with phases("masks"):
-        learned = strategy.after_backward(table, window, gate, result.d_gate, training.mask_scaling(window))
-    table.num_updates += 1
-    late.add(step, window, result, learned)
-    with phases("density control"):
-        edits = strategy.after_step(table, window, seed)
+    computed = compute_step(training, step, window)
+    training.table.num_updates += 1
+    late.add(step, window, computed.result, computed.learned)
+    with training.phases("density control"):
+        edits = training.strategy.after_step(training.table, window, seed)
         first = next(edits, None)
     # Measured and saved before the edits, as in 3DGS: fresh clones and reset opacities have not been trained yet.
     is_read = first is not None or recorder.is_due(window) or step + 1 == training.stop_step

@@ -21,6 +21,7 @@ from unittest.mock import patch
 import train
 from bench.measuring import ROOT
 from bench.verdicts import format_table
+from launch import step_graphs
 from launch.late_steps import LateSteps
 from launch.run import run_main
 from launch.training import Training
@@ -32,7 +33,8 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
     ("train_step", train, "train_step"),
     ("photos and cameras", Training, "batch"),
     ("masks: sample", CombinedStrategy, "sample"),
-    ("draw and update", train, "draw_and_update"),
+    ("masks, draw and update", train, "compute_step"),
+    ("of it, queued launch by launch", step_graphs, "draw_and_update"),
     ("masks: update", CombinedStrategy, "after_backward"),
     ("late numbers: start", LateSteps, "add"),
     ("late numbers: read", LateSteps, "keep_up"),

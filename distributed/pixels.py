@@ -10,6 +10,7 @@ Letters: B views of the batch, W ranks.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -107,6 +108,11 @@ class PixelPartition:
         """(W,) rows of tiles of all frames of each rank."""
         heights = self.heights
         return tuple(sum(region.frame_rows(heights[region.view]) for region in mine) for mine in self.regions)
+
+    @cached_property
+    def most_regions_of_a_view(self) -> int:
+        """Regions of the view that is cut into most."""
+        return max(Counter(region.view for mine in self.regions for region in mine).values(), default=0)
 
     @classmethod
     def of_whole_views(cls, heights: Sequence[int], rank_of_view: Sequence[int], num_ranks: int) -> PixelPartition:

@@ -161,7 +161,10 @@ class FactoredGaussians:
         add_statistics(statistics, views, splats, d_rows)
         raw = self.raw
         table = (raw.means, raw.quats, raw.scales, raw.opacities, raw.sh0, raw.shN)
-        for param, gradient, exp_avg, exp_avg_sq, step in zip(table, gradients[:-1], *optimizer, strict=True):
+        moments = (optimizer.exp_avg, optimizer.exp_avg_sq)
+        for param, gradient, exp_avg, exp_avg_sq, step in zip(
+            table, gradients[:-1], *moments, optimizer.steps, strict=True
+        ):
             body.adam(param, gradient * gradient_scale, exp_avg, exp_avg_sq, step)
         return d_factors * gradient_scale
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from distributed.transfer import sent_to
 from gaussian_renderer.gate import GateOfStep, gated, rows_for
 from gaussian_renderer.phases import PhaseTimer
 from gaussian_renderer.views import KERNEL_ATTRIBUTES, gaussians_of
+from masksplat.cuda.exchange import RegionTables
 from masksplat.ops import Body
 from masksplat.types import AdamStep, Optimizer, PhotometricLoss, ProjectionSettings, Splats, Statistics, Views
 from scene.gaussians import GaussianTable, StoredRows
@@ -75,6 +77,18 @@ class StepSettings:
     view_weight: float
 
 
+class RecordedNumbers(Protocol):
+    """What changes from step to step, on the device."""
+
+    @property
+    def factors(self) -> Tensor:
+        """(6, ADAM_FACTORS), see `masksplat.types.Optimizer`."""
+
+    @property
+    def tables(self) -> RegionTables | None:
+        """Who draws what; None for one rank."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """totals: loss and counts over all ranks, not read yet. d_gate: (N,) gradient by the gate. exchanged: how much."""
@@ -91,11 +105,14 @@ def draw_and_update(
     gate: GateOfStep | None,
     settings: StepSettings,
     adam_steps: Sequence[AdamStep],
+    memory: RecordedNumbers | None = None,
 ) -> StepResult:
     """Draw the batch, compare it with the photos, and update every kernel attribute of the table in place. All ranks.
 
-    Args: gate: what stands between the table and the drawing; adam_steps: one for each of KERNEL_ATTRIBUTES.
+    Args: gate: what stands between the table and the drawing; adam_steps: one for each of KERNEL_ATTRIBUTES; memory:
+    where recorded launches find what changes from step to step; None: the host tells them.
     """
+    factors, tables = (None, None) if memory is None else (memory.factors, memory.tables)
     body, phases = tools.body, tools.phases
     views = batch.views
     rows = rows_for(table, body, gate)
@@ -105,8 +122,9 @@ def draw_and_update(
         splats = gaussians.project(body, views, ids)
     with phases("exchange"):
         plan = ExchangePlan.for_partition(
-            tools.communicator, splats, batch.partition, sizes=views.sizes, id_bound=bound, room=tools.room
-        )
+            tools.communicator, splats, batch.partition, sizes=views.sizes, id_bound=bound, room=tools.room,
+            tables=tables,
+        )  # fmt: skip
         received = plan.forward(splats)
     drawn = _draw_regions(tools, received, batch, settings.lambda_dssim)
     with phases("exchange"):
@@ -127,7 +145,7 @@ def draw_and_update(
             views,
             splats,
             d_rows,
-            optimizer=_optimizer(rows, adam_steps),
+            optimizer=_optimizer(rows, adam_steps, factors),
             statistics=Statistics(table.statistics["grad_norm_sum"], table.statistics["view_count"]),
             gradient_scale=settings.view_weight,
         )
@@ -179,9 +197,10 @@ def _compare(
     )
 
 
-def _optimizer(rows: StoredRows, adam_steps: Sequence[AdamStep]) -> Optimizer:
+def _optimizer(rows: StoredRows, adam_steps: Sequence[AdamStep], factors: Tensor | None) -> Optimizer:
     return Optimizer(
         tuple(rows.exp_avg[name] for name in KERNEL_ATTRIBUTES),
         tuple(rows.exp_avg_sq[name] for name in KERNEL_ATTRIBUTES),
         tuple(adam_steps),
+        factors,
     )

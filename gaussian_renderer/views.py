@@ -31,17 +31,32 @@ def gaussians_of(params: Mapping[str, Tensor], lazy: LazyRows | None = None) -> 
     return Gaussians(**{name: params[name] for name in KERNEL_ATTRIBUTES}, lazy=lazy)
 
 
+CAMERA_NUMBERS = 25
+"""Of a camera: its world-to-camera matrix (4, 4), then its intrinsics (3, 3)."""
+
+
 class CameraTable:
     """Cameras that are drawn again and again, as kernels read them: on the device once, nothing to send in a step."""
 
     def __init__(self, cameras: Sequence[Camera], like: Tensor) -> None:
         """In the dtype and on the device of `like`."""
         self._all = views_of(cameras, like)
+        self._numbers = np.empty((len(cameras), CAMERA_NUMBERS), np.float32)
+        for row, camera in zip(self._numbers, cameras, strict=True):
+            row[:] = np.concatenate([camera.viewmat.reshape(-1), camera.intrinsics.reshape(-1)])
+
+    def sizes(self, numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """(width, height) of the cameras with these numbers."""
+        return tuple(self._all.sizes[number] for number in numbers)
+
+    def numbers(self, numbers: Sequence[int]) -> np.ndarray:
+        """(B, CAMERA_NUMBERS) float32 on the host: the cameras with these numbers."""
+        return self._numbers[list(numbers)]
 
     def views(self, numbers: Sequence[int]) -> Views:
         """The cameras with these numbers, in this order."""
-        sizes = tuple(self._all.sizes[number] for number in numbers)
-        return Views(_rows(self._all.viewmats, numbers), _rows(self._all.intrinsics, numbers), sizes)
+        rows = (_rows(self._all.viewmats, numbers), _rows(self._all.intrinsics, numbers))
+        return Views(*rows, self.sizes(numbers))
 
 
 def _rows(values: Tensor, numbers: Sequence[int]) -> Tensor:

@@ -75,6 +75,9 @@ class PipelineConfig:
     """CPU threads for drawing and image decoding; 0: the cores this process may use."""
     image_cache_gb: float = flag(8.0, minimum=0.0, unit="GiB")
     """Memory for decoded 8-bit images; images beyond it are decoded again when needed."""
+    cuda_graphs: bool = flag(True)
+    """On GPUs of one machine, records the launches of a step and replays them until the set of Gaussians changes; the
+    results are the same to the bit. Not with --enable_timer, which times the launches one by one."""
     antialiasing: bool = flag(False, source="3DGS")
     """Scales each opacity for the 0.3 pixel low-pass filter (Mip-Splatting's 2D filter); stored with the model."""
     convert_SHs_python: bool = flag(
@@ -244,8 +247,8 @@ class PruneFlags:
     """The same as size of the saved ply in millions of bytes; 0: none."""
     scale_schedules: bool = flag(False)
     """Multiplies every schedule flag that is not given, in the density, mask and pruning groups and
-    --position_lr_max_steps, by --iterations / 30000, and divides --lambda_mask of the learned masks by it. Intervals of
-    densification and SH degrees stay."""
+    --position_lr_max_steps, by --iterations / 30000, and divides --lambda_mask of the learned masks by its power of
+    4/3. Intervals of densification and SH degrees stay."""
     random_prune_ratio: float = flag(0.1, source="LP-3DGS", inert=NEVER_READ)
     """Unused in LP-3DGS."""
     simplification_iteration1: int = flag(15_000, source="LP-3DGS", inert=NEVER_READ)

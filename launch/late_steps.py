@@ -81,8 +81,8 @@ class LateSteps:
             numbers = pending.totals.numbers(values)
             if numbers.has_overflow and self._watch is not None:
                 return self._go_back(pending.step, self._watch)
-            if self._room is not None:
-                self._room.provide(numbers.needed)
+            if self._room is not None and self._room.provide(numbers.needed) and self._training.graphs is not None:
+                self._training.graphs.forget()  # they have the smaller windows
             self._finish(pending, numbers, others)
             self._free.append(pending.fetched)
         return None
@@ -90,6 +90,8 @@ class LateSteps:
     def _go_back(self, step: int, watch: OverflowWatch) -> int:
         """Make room, and forget the steps from `step` on, which have changed nothing."""
         self._training.table.rewind(1 + len(self._pending))
+        if self._training.graphs is not None:
+            self._training.graphs.forget()
         self._pending.clear()
         with self._training.phases.untimed("larger buffers"):
             watch.recover()  # host sync

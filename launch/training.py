@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -23,10 +24,12 @@ from launch.finetune import rate_factor
 from launch.pruning import choose_strategy
 from launch.sharing import LocalViews, PixelShares, Redistribution, RowShares, restore_shares
 from launch.start import check_checkpoint, scene_fingerprints
+from launch.step_graphs import DeviceGraphMaker, StepGraphs
 from launch.world import require_same, threads_per_rank
+from masksplat.cuda.body import CudaBody
 from masksplat.ops import Body
 from masksplat.random import BACKGROUND, uniform
-from masksplat.types import AdamStep, ProjectionSettings
+from masksplat.types import AdamStep, ProjectionSettings, Views
 from scene.cameras import Camera
 from scene.checkpoint import Checkpoint
 from scene.dataset import Scene, SceneOptions, load_scene
@@ -56,7 +59,8 @@ class Training:
     """The parts of one training on this rank. Only `table`, `pixels` and `rows` change while it runs.
 
     cameras: those of the training views. photos, test_photos: on the table's device. data: fingerprints of what is
-    trained on. first_step: the step to begin with, above 0 when a checkpoint is resumed.
+    trained on. first_step: the step to begin with, above 0 when a checkpoint is resumed. graphs: recorded steps, where
+    a GPU can replay them.
     """
 
     config: TrainConfig
@@ -76,6 +80,7 @@ class Training:
     phases: PhaseTimer
     data: Mapping[str, str]
     first_step: int = 0
+    graphs: StepGraphs | None = None
     _plain_background: Tensor | None = None
     _ties: OrderNumbers | None = None
     _numbered: Tensor | None = None  # the ids that have these numbers
@@ -114,8 +119,20 @@ class Training:
         """The degree in use: one more at every multiple of 1000 images."""
         return min(self.config.model.sh_degree, window.last // SH_DEGREE_INTERVAL)
 
-    def batch(self, step: int) -> Batch:
-        """Cameras, backgrounds and this rank's photos of a step; the next step's photos start to decode."""
+    def sizes(self, step: int) -> tuple[tuple[int, int], ...]:
+        """(width, height) of the views of a step."""
+        return self.cameras.sizes(self.pixels.views(step))
+
+    @property
+    def has_random_background(self) -> bool:
+        """Whether every view of a step has a background of its own."""
+        return self.config.optimization.random_background
+
+    def batch(self, step: int, *, views_as: Views | None = None) -> Batch:
+        """Cameras, backgrounds and this rank's photos of a step; the next step's photos start to decode.
+
+        Args: views_as: the cameras, where a recorded step reads them; None: from the table of cameras.
+        """
         partition, views = self.pixels.partition(step), self.pixels.views(step)
         if self.config.debug.check_agreement:
             self._check_agreement(step, views)
@@ -128,7 +145,7 @@ class Training:
             pixels = self.photos.fetch(views[region.view], *(() if is_whole else rows))
             photos.append(on_background(pixels, backgrounds[region.view]))
         self._prefetch(step + 1)
-        return Batch(self.cameras.views(views), backgrounds, partition, photos)
+        return Batch(views_as or self.cameras.views(views), backgrounds, partition, photos)
 
     def _prefetch(self, step: int) -> None:
         """Start to decode what this rank will draw in a step."""
@@ -151,6 +168,15 @@ class Training:
         if self._plain_background is None:
             self._plain_background = means.new_full((3,), float(self.config.model.white_background))
         return self._plain_background
+
+    @contextmanager
+    def recordings(self) -> Iterator[None]:
+        """A block behind which no recorded step is left: the process group that steps use may end then."""
+        try:
+            yield
+        finally:
+            if self.graphs is not None:
+                self.graphs.close()
 
     @property
     def steps_ahead(self) -> int:
@@ -269,7 +295,21 @@ def build_training(
         phases=phase_timer(communicator.device, on_device=config.benchmark.enable_timer),
         data=data,
         first_step=checkpoint.state.iteration // optimization.bsz if checkpoint is not None else 0,
+        graphs=step_graphs(config, body, communicator),
     )
+
+
+def step_graphs(config: TrainConfig, body: Body, communicator: Communicator) -> StepGraphs | None:
+    """What records steps and replays them, on GPUs of one machine, which wait for nothing in a step.
+
+    None with --no_cuda_graphs, or when phases are timed by the device's clock.
+    """
+    is_wanted = config.pipeline.cuda_graphs and not config.benchmark.enable_timer
+    waits = communicator.size > 1 and room_of_windows(body, communicator) is None
+    if not is_wanted or waits or not isinstance(body, CudaBody) or body.device.type != "cuda":
+        return None
+    maker = DeviceGraphMaker(body.device)
+    return StepGraphs(body, config.optimization.bsz, maker, num_ranks=communicator.size)
 
 
 def choose_batches(config: TrainConfig, num_views: int, communicator: Communicator) -> ViewSampler | LocalViews:

@@ -55,6 +55,9 @@ class LateNumber:
 Numbers = Mapping[str, float | LateNumber]
 """What a strategy says of a step."""
 
+MASK_NUMBERS = 6
+"""Numbers that an update of masks reads (`masksplat.cuda.mask.update_numbers`)."""
+
 
 class RankReducer(Protocol):
     """Reductions over all ranks; every rank calls them in the same order."""
@@ -110,6 +113,47 @@ class LooksAtRows(Protocol):
         """Whether it measures, or decides on the host, by what the table holds in a step; a function of the step."""
 
 
+@dataclass(frozen=True, eq=False)
+class MaskMemory:
+    """Where recorded launches of the masks read what changes from step to step, on the masks' device.
+
+    step: (1,) int32, what the noise is keyed with. update: (MASK_NUMBERS,) float32, `Recordable.recorded_numbers`.
+    """
+
+    step: Tensor
+    update: Tensor
+
+
+@runtime_checkable
+class Recordable(Protocol):
+    """A strategy whose launches are the same in many steps, so that they can be recorded in one and replayed."""
+
+    def recorded_numbers(self, table: GaussianTable, window: Window, hyper: OptimizerScaling) -> Sequence[float] | None:
+        """What must lie in `MaskMemory.update` in a step; nothing without masks. None: do not replay this step."""
+
+
+@runtime_checkable
+class RecordableMasks(Recordable, Protocol):
+    """Masks whose launches read `MaskMemory`."""
+
+    def sample(self, table: GaussianTable, window: Window, seed: int, memory: MaskMemory | None = None) -> Gate:
+        """See `Strategy`; with `memory`, the step of the noise is what lies there."""
+
+    def after_backward(
+        self,
+        table: GaussianTable,
+        window: Window,
+        gate: Gate | None,
+        d_gate: Tensor | None,
+        hyper: OptimizerScaling,
+        memory: MaskMemory | None = None,
+    ) -> Numbers:
+        """See `Strategy`; with `memory`, the numbers of the update are what lies there."""
+
+    def numbers_of(self, table: GaussianTable, window: Window, hyper: OptimizerScaling, num_drawn: Tensor) -> Numbers:
+        """What `after_backward` returns, in a step that was replayed. num_drawn: () int64 of all ranks."""
+
+
 @runtime_checkable
 class Settling(Protocol):
     """A strategy whose factors are part of what is evaluated and saved while it learns them."""
@@ -124,21 +168,55 @@ class CombinedStrategy:
     def __init__(self, strategies: Sequence[Strategy]) -> None:
         self.strategies = tuple(strategies)
 
-    def sample(self, table: GaussianTable, window: Window, seed: int) -> Gate | None:
+    def sample(self, table: GaussianTable, window: Window, seed: int, memory: MaskMemory | None = None) -> Gate | None:
         """The gate of the strategy that has one. Raises: RuntimeError when several have one."""
-        gates = [gate for strategy in self.strategies if (gate := strategy.sample(table, window, seed)) is not None]
+        drawn = [
+            strategy.sample(table, window, seed, memory)
+            if memory is not None and isinstance(strategy, RecordableMasks)
+            else strategy.sample(table, window, seed)
+            for strategy in self.strategies
+        ]
+        gates = [gate for gate in drawn if gate is not None]
         if len(gates) > 1:
             raise RuntimeError("two strategies gate the same Gaussians; exactly one pruning method can be active")
         return gates[0] if gates else None
 
     def after_backward(
-        self, table: GaussianTable, window: Window, gate: Gate | None, d_gate: Tensor | None, hyper: OptimizerScaling
+        self,
+        table: GaussianTable,
+        window: Window,
+        gate: Gate | None,
+        d_gate: Tensor | None,
+        hyper: OptimizerScaling,
+        memory: MaskMemory | None = None,
     ) -> Numbers:
         """Every strategy's own update; the numbers of all."""
         numbers: dict[str, float | LateNumber] = {}
         for strategy in self.strategies:
-            numbers.update(strategy.after_backward(table, window, gate, d_gate, hyper))
+            if memory is not None and isinstance(strategy, RecordableMasks):
+                numbers.update(strategy.after_backward(table, window, gate, d_gate, hyper, memory))
+            else:
+                numbers.update(strategy.after_backward(table, window, gate, d_gate, hyper))
         return numbers
+
+    def recorded_numbers(self, table: GaussianTable, window: Window, hyper: OptimizerScaling) -> Sequence[float] | None:
+        """See `Recordable`; None as soon as one of the strategies does not replay the step."""
+        numbers: list[float] = []
+        for strategy in self.strategies:
+            own = strategy.recorded_numbers(table, window, hyper) if isinstance(strategy, Recordable) else None
+            if own is None:
+                return None
+            numbers += own
+        return numbers
+
+    def numbers_of(
+        self, table: GaussianTable, window: Window, hyper: OptimizerScaling, num_drawn: Tensor | None
+    ) -> Numbers:
+        """What `after_backward` returns, in a step that was replayed."""
+        masks = [strategy for strategy in self.strategies if isinstance(strategy, RecordableMasks)]
+        if num_drawn is None or not masks:
+            return {}
+        return masks[0].numbers_of(table, window, hyper, num_drawn)
 
     def after_step(self, table: GaussianTable, window: Window, seed: int) -> Iterator[TableEdit]:
         """The edits of the first strategy, then those of the next, which sees the edited table."""

@@ -96,6 +96,10 @@ class DensityControl:
         """Nothing: the statistics are gathered by the step itself."""
         return {}
 
+    def recorded_numbers(self, table: GaussianTable, window: Window, hyper: OptimizerScaling) -> tuple[()]:
+        """Nothing: no launch of a step is its own."""
+        return ()
+
     def after_step(self, table: GaussianTable, window: Window, seed: int) -> Iterator[TableEdit]:
         """Clone, split and prune when an event is due; after that the reset of opacities when one is due."""
         event = self._events.event(window)

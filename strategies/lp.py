@@ -119,6 +119,10 @@ class LearnedMask:
         self._update(table, slope + weight / max(num_all, 1), gate.keep_gradient, window.steps_since(start) + 1, hyper)
         return {"mask_loss": weight * mean, "mask_mean": mean}
 
+    def recorded_numbers(self, table: GaussianTable, window: Window, hyper: OptimizerScaling) -> tuple[()] | None:
+        """Steps are the same outside the windows."""
+        return () if self._window_start(window) is None else None
+
     def after_step(self, table: GaussianTable, window: Window, seed: int) -> Iterator[TableEdit]:
         """In the step that ends a window: the prune, and opacities that carry on what the mean factor made of them."""
         event = self._window_end(window)

@@ -10,19 +10,19 @@ Letters: N rows of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from masksplat.masks import mask_sample, mask_update
+from masksplat.masks import mask_sample, mask_update, update_numbers
 from masksplat.random import MASK_PRUNE, uniform
 from masksplat.types import AdamStep, Counted
 from scene.gaussians import GaussianTable
 from scene.row_edit import EditReport, RowEdit, TableEdit
-from strategies.base import Gate, LateNumber, Numbers, OneRank, RankReducer, spare_best
+from strategies.base import Gate, LateNumber, MaskMemory, Numbers, OneRank, RankReducer, spare_best
 from strategies.optimizer_scaling import OptimizerScaling
 from strategies.schedule import Schedule, Window
 
@@ -80,23 +80,35 @@ class MaskPruning:
         self._counted: Tensor | None = None  # the ids that were counted, and how many there are on all ranks
         self._count = 0
 
-    def sample(self, table: GaussianTable, window: Window, seed: int) -> Gate:
+    def sample(self, table: GaussianTable, window: Window, seed: int, memory: MaskMemory | None = None) -> Gate:
         """A hard sample from noise keyed by (seed, the window's first iteration, id)."""
-        drawn = mask_sample(table.params["mask_logits"], table.ids, seed, window.first)
+        step_at = None if memory is None else memory.step
+        drawn = mask_sample(table.params["mask_logits"], table.ids, seed, window.first, step_at=step_at)
         return Gate(mask=drawn.mask, keep_gradient=drawn.keep_gradient, num_drawn=drawn.num_drawn)
 
     def after_backward(
-        self, table: GaussianTable, window: Window, gate: Gate | None, d_gate: Tensor | None, hyper: OptimizerScaling
+        self,
+        table: GaussianTable,
+        window: Window,
+        gate: Gate | None,
+        d_gate: Tensor | None,
+        hyper: OptimizerScaling,
+        memory: MaskMemory | None = None,
     ) -> Numbers:
         """One Adam update of the logits, with the images' gradient and that of lambda * mean(m)^2.
 
         Returns: mask_loss, the weighted squared mean; mask_mean, the fraction of all Gaussians that was drawn.
         """
-        weight = self.config.lambda_mask * hyper.step_weight if self._loss_window.is_active(window) else 0.0
-        return self.learn(table, gate, d_gate, hyper, weight)
+        return self.learn(table, gate, d_gate, hyper, self._weight(window, hyper), memory)
 
     def learn(
-        self, table: GaussianTable, gate: Gate | None, d_gate: Tensor | None, hyper: OptimizerScaling, weight: float
+        self,
+        table: GaussianTable,
+        gate: Gate | None,
+        d_gate: Tensor | None,
+        hyper: OptimizerScaling,
+        weight: float,
+        memory: MaskMemory | None = None,
     ) -> Numbers:
         """`after_backward` with any `weight` of the squared mean, that of the batch included."""
         if gate is None or gate.mask is None or gate.keep_gradient is None or gate.num_drawn is None:
@@ -111,12 +123,19 @@ class MaskPruning:
             keep_gradient=gate.keep_gradient,
             d_all=_pull(num_drawn, num_all, weight),
             adam=self._adam_step(table, hyper),
+            numbers=None if memory is None else memory.update,
             status=self._status,
         )
-        return {
-            "mask_loss": LateNumber(num_drawn, lambda drawn: weight * (drawn / num_all) ** 2),
-            "mask_mean": LateNumber(num_drawn, lambda drawn: drawn / num_all),
-        }
+        return _numbers(num_drawn, num_all, weight)
+
+    def recorded_numbers(self, table: GaussianTable, window: Window, hyper: OptimizerScaling) -> Sequence[float]:
+        """The factor of the regulariser's gradient, and those of Adam."""
+        pull = _pull_factor(max(self._num_all(table), 1), self._weight(window, hyper))
+        return update_numbers(pull, self._adam_step(table, hyper))
+
+    def numbers_of(self, table: GaussianTable, window: Window, hyper: OptimizerScaling, num_drawn: Tensor) -> Numbers:
+        """What `after_backward` returns, in a step that was replayed."""
+        return _numbers(num_drawn, max(self._num_all(table), 1), self._weight(window, hyper))
 
     def after_step(self, table: GaussianTable, window: Window, seed: int) -> Iterator[TableEdit]:
         """The prune that is due after densification has ended, if any; kept rows keep everything."""
@@ -139,6 +158,10 @@ class MaskPruning:
         logits = table.params["mask_logits"]
         return ~spare_best(logits < 0, logits, table.ids, self._ranks)
 
+    def _weight(self, window: Window, hyper: OptimizerScaling) -> float:
+        """Of the squared mean in this step, that of the batch included."""
+        return self.config.lambda_mask * hyper.step_weight if self._loss_window.is_active(window) else 0.0
+
     def _num_all(self, table: GaussianTable) -> int:
         """Gaussians of all ranks; asked for again only when the rows are others than before. All ranks."""
         if self._counted is not table.ids:
@@ -156,4 +179,17 @@ def _pull(num_drawn: Tensor, num_all: int, weight: float) -> float | Counted:
     """The gradient of weight * mean(m)^2 by each sample; on a GPU it stays there."""
     if num_drawn.device.type == "cpu":
         return weight * 2 * (int(num_drawn) / num_all) / num_all
-    return Counted(num_drawn, weight * 2 / num_all / num_all)
+    return Counted(num_drawn, _pull_factor(num_all, weight))
+
+
+def _pull_factor(num_all: int, weight: float) -> float:
+    """What the number of drawn masks is multiplied with in the gradient of weight * mean(m)^2 by each."""
+    return weight * 2 / num_all / num_all
+
+
+def _numbers(num_drawn: Tensor, num_all: int, weight: float) -> Numbers:
+    """The loss and the mean of the masks, for the log."""
+    return {
+        "mask_loss": LateNumber(num_drawn, lambda drawn: weight * (drawn / num_all) ** 2),
+        "mask_mean": LateNumber(num_drawn, lambda drawn: drawn / num_all),
+    }

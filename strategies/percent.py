@@ -85,6 +85,10 @@ class ScorePruning:
         """Nothing is learned."""
         return {}
 
+    def recorded_numbers(self, table: GaussianTable, window: Window, hyper: OptimizerScaling) -> tuple[()]:
+        """Nothing: no launch of a step is its own."""
+        return ()
+
     def after_step(self, table: GaussianTable, window: Window, seed: int) -> Iterator[TableEdit]:
         """A prune for each of the iterations that lies in the step; kept rows keep everything."""
         for iteration in self._iterations:

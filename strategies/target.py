@@ -103,6 +103,10 @@ class TargetSize:
         numbers = self._masks.learn(table, gate, d_gate, hyper, weight * hyper.step_weight)
         return {**numbers, "lambda_mask": weight}
 
+    def recorded_numbers(self, table: GaussianTable, window: Window, hyper: OptimizerScaling) -> tuple[()] | None:
+        """Steps are the same but while masks are learned, whose weight the host works out."""
+        return None if self._learning.is_active(window) else ()
+
     def after_step(self, table: GaussianTable, window: Window, seed: int) -> Iterator[TableEdit]:
         """The prune that is due, if any; after the last one every Gaussian is certain again."""
         for number, iteration in enumerate(self._prunes):

@@ -157,7 +157,7 @@ def test_immediate_mode_makes_room_by_itself(body: CudaBody) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("degree", [None, 2])
 def test_rasterization(body: CudaBody, monkeypatch: pytest.MonkeyPatch, masked: bool, degree: int | None) -> None:
-    """gsplat's call with autograd, colours and depth, against the reference and beside the cpu body."""
+    """gsplat's call with autograd, colours and depth, and absgrad, against the reference and beside the cpu body."""
     monkeypatch.setattr(api, "_body", lambda backend, device: body if backend == "cuda" else get_body(backend))
     outcomes = []
     for backend, dtype, device in (
@@ -167,13 +167,15 @@ def test_rasterization(body: CudaBody, monkeypatch: pytest.MonkeyPatch, masked: 
         masks = inputs.pop("masks")
         images, alphas, meta = api.rasterization(
             **inputs, width=SIZE[0], height=SIZE[1], backend=backend,
-            masks=masks if masked else None, sh_degree=degree, render_mode="RGB+D",
+            masks=masks if masked else None, sh_degree=degree, render_mode="RGB+D", absgrad=True,
         )  # fmt: skip
         assert images.shape == (2, SIZE[1], SIZE[0], 4) and len(meta["camera_ids"]) == len(meta["means2d"])
         weights = torch.linspace(0.1, 1.0, images.numel(), dtype=torch.float64).reshape(images.shape)
         ((images * weights.to(images)).sum() + (alphas**2).sum()).backward()
         leaves = [tensor for tensor in (*inputs.values(), masks if masked else None) if tensor is not None]
-        outcomes.append([images, alphas, *(leaf.grad for leaf in leaves if leaf.requires_grad)])
+        place = (meta["camera_ids"], meta["gaussian_ids"])
+        absgrad = images.new_zeros(2, 100, 2).index_put(place, meta["means2d"].absgrad)
+        outcomes.append([images, alphas, absgrad, *(leaf.grad for leaf in leaves if leaf.requires_grad)])
     for place, tensors in enumerate(zip(*outcomes, strict=True)):
         assert_as_good(*tensors, f"output {place}")
 

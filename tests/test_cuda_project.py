@@ -7,6 +7,7 @@ Errors are measured against the reference in float64 and held against those of t
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from cuda_agreement import assert_as_good
 from cuda_launchers import launchers, make_launcher
+from gaussian_renderer.views import views_of
 from kernel_scenes import PARAMETERS, make_views, parameters_of, random_scene, settings_for, with_parameters
 from masksplat.cuda import mask as mask_kernels
 from masksplat.cuda import projection
@@ -35,6 +37,7 @@ from masksplat.types import (
     Views,
     compact,
 )
+from scene.dataset import SceneOptions, load_scene
 
 CPU, REFERENCE = get_body("cpu"), get_body("reference")
 MOST_FLIPS = 1e-3
@@ -212,6 +215,44 @@ def test_thin_and_huge_gaussians(launcher: Launcher) -> None:
 @pytest.mark.parametrize("size", [(1, 1), (3, 70), (4001, 17)])
 def test_odd_sizes(launcher: Launcher, size: tuple[int, int]) -> None:
     compare(launcher, *_shifted(scene(80, size, seed=38)))
+
+
+def real_points(source: Path) -> tuple[Gaussians, Views]:
+    """The points of a real scene as small Gaussians, and some of its cameras."""
+    real = load_scene(source, SceneOptions(), progress=False)
+    means = torch.as_tensor(real.points.xyz)
+    gaussians, _, _ = random_scene(len(means), (8, 8), dtype=torch.float32, log_scale=-4.6)
+    return dataclasses.replace(gaussians, means=means), views_of(real.train[::6], means)
+
+
+def last_place(exact: Tensor) -> Tensor:
+    """The distance of float32's neighbours at each value."""
+    return torch.from_numpy(np.spacing(exact.float().numpy())).double()
+
+
+@pytest.mark.parametrize("name", ["random", "far from the origin", "tiny_fox"])
+def test_means_and_depths_are_rounded_once(launcher: Launcher, request: pytest.FixtureRequest, name: str) -> None:
+    """A correctly rounded value is off by at most half a unit in the last place. 0.51, since sums in twice the digits
+    of float may round to the other neighbour where the exact value is all but in the middle. Means nearer to 0 than a
+    thousandth of a pixel are held to the unit there: what focal length and principal point leave has fewer digits."""
+    if name == "tiny_fox":
+        gaussians, views = real_points(request.getfixturevalue(name))
+    else:
+        gaussians, views, _ = random_scene(3000, (1600, 1064), num_views=3, dtype=torch.float32, log_scale=-3.0)
+    if name == "far from the origin":  # the sum of the transform cancels
+        away = torch.tensor([30.0, -20.0, 50.0])
+        views.viewmats[:, :3, 3] -= views.viewmats[:, :3, :3] @ away
+        gaussians = dataclasses.replace(gaussians, means=gaussians.means + away)
+    found = projection.project(launcher, moved(gaussians, launcher.device), views, settings_for())
+    shown = found.slots.cpu() >= 0
+    assert int(shown.sum()) > 2000
+    turns, shifts = views.viewmats[:, :3, :3].double(), views.viewmats[:, None, :3, 3].double()
+    pixels = (gaussians.means.double() @ turns.mT + shifts) @ views.intrinsics.double().mT
+    depths, means = pixels[shown][:, 2], pixels[shown][:, :2] / pixels[shown][:, 2:]
+    off = (by_gaussian(found, found.rows[:, :2], shown).double() - means).abs()
+    assert float((off / last_place(means.abs().clamp(min=2.0**-10))).max()) <= 0.51
+    off = (by_gaussian(found, found.depths, shown).double() - depths).abs()
+    assert float((off / last_place(depths)).max()) <= 0.51
 
 
 def test_whole_image_box_of_a_splat_that_floods_it(launcher: Launcher) -> None:

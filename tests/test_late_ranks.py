@@ -30,6 +30,7 @@ from masksplat.cuda.capacity import Windows
 from rank_harness import run_ranks
 from scene.model_folder import ModelFolder
 from test_cuda_exchange import exchanged_by, kernels_of
+from test_step_graphs import maker_for, record_with
 
 FLAGS = (
     *("--iterations", "40", "--bsz", "2", "--densify_from_iter", "4", "--densification_interval", "12"),
@@ -46,7 +47,8 @@ class Setting:
     """same_machine: copies travel in windows. buffers: rank -> steps before which its buffers become too small.
 
     windows: steps before which the windows of all ranks do. snug: steps before which regions of all ranks get room for
-    no more than they needed so far. flags: besides FLAGS.
+    no more than they needed so far. is_recorded: steps are recorded, and replayed until the table changes; what becomes
+    too small is noticed in those that are recorded anew. flags: besides FLAGS.
     """
 
     method: str = "mask"
@@ -55,6 +57,7 @@ class Setting:
     windows: Collection[int] = ()
     snug: Collection[int] = ()
     flags: tuple[str, ...] = ()
+    is_recorded: bool = False
 
     @property
     def ahead(self) -> int:
@@ -94,6 +97,8 @@ def trained(world: Communicator, source: Path, target: Path, setting: Setting) -
         if step in narrow:
             narrow.remove(step)
             capacity.windows = Windows(256, 512, 40)
+            if training.graphs is not None:
+                training.graphs.forget()
         if step in setting.snug:
             capacity.windows = capacity.windows._replace(region_rows=int(capacity.status[5]))
         following = one_step(training, recorder, late, step)
@@ -103,6 +108,8 @@ def trained(world: Communicator, source: Path, target: Path, setting: Setting) -
     with pytest.MonkeyPatch.context() as patch, exchanged_by(launcher):
         patch.setattr(launch.training, "choose_body", lambda *_, **__: CudaBody(launcher=launcher))
         patch.setattr(train, "train_step", watched_step)
+        maker = maker_for(launcher) if setting.is_recorded else None
+        record_with(patch, maker)
         training = build_training(config, world, show_progress=False, checkpoint=start.checkpoint)
         training.body.capacity.instances = 1 << 12  # the emulator touches all of it in every sort
         train.train(training, folder, start)
@@ -111,6 +118,7 @@ def trained(world: Communicator, source: Path, target: Path, setting: Setting) -
     if setting.same_machine:
         needed = training.body.capacity.status[3:6].tolist()
         assert all(0 < need <= 0.8 * have for need, have in zip(needed, training.body.capacity.windows, strict=True))
+    assert maker is None or sum(graph.num_replays for graph in maker.graphs) > len(maker.graphs) >= 2
     if not world.is_main:
         return Outcome(hashes(training), returns, [], [])
     return Outcome(hashes(training), returns, history_of(folder), exchanges_of(folder))
@@ -196,3 +204,39 @@ def test_gpus_go_back_together(generated_scene: Path, tmp_path: Path, setting: S
         for name, where in (("smooth", replace(setting, buffers={}, windows=(), snug=())), ("rough", setting))
     ]
     check(smooth, rough, setting)
+
+
+RECORDED = Setting("mask", True, {0: (0, 7, 8), 1: (13, 14)}, windows=(4, 16), is_recorded=True)
+"""Windows of all ranks; buffers of one rank in steps that follow an edit, where recordings are made."""
+
+
+def check_recorded(queued: list[Outcome], recorded: list[Outcome]) -> None:
+    """The same tables and decisions, whether or not steps went back on the way; all ranks went back together."""
+    for quiet, found in zip(queued, recorded, strict=True):
+        assert found.returns == recorded[0].returns
+        assert found.tables == quiet.tables
+    assert recorded[0].history == queued[0].history
+
+
+def test_recorded_steps_of_ranks_leave_the_same_bits(generated_scene: Path, tmp_path: Path) -> None:
+    """Without masks, which have another body on the CPU."""
+    for source in (*SOURCES, "rasterize_backward", "exchange"):
+        make_launcher(EMULATED).kernels(source)
+    plain = Setting("3dgs")
+    queued = run_ranks(trained, 2, generated_scene, tmp_path / "queued", plain)
+    for name, setting in (("smooth", replace(plain, is_recorded=True)), ("rough", replace(RECORDED, method="3dgs"))):
+        check_recorded(queued, run_ranks(trained, 2, generated_scene, tmp_path / name, setting))
+
+
+@pytest.mark.gpu
+def test_recorded_steps_of_gpus_leave_the_same_bits(generated_scene: Path, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two GPUs, found {torch.cuda.device_count()}")
+    settings = {"queued": Setting(), "smooth": Setting(is_recorded=True), "rough": RECORDED}
+    queued, smooth, rough = [
+        run_ranks(trained, 2, generated_scene, tmp_path / name, setting, device_type="cuda", seconds=240.0)
+        for name, setting in settings.items()
+    ]
+    check_recorded(queued, smooth)
+    check_recorded(queued, rough)
+    assert any(back <= step for step, back in rough[0].returns)

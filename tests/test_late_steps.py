@@ -33,6 +33,7 @@ FLAGS = (
     *("--iterations", "44", "--densify_from_iter", "4", "--densification_interval", "12", "--densify_until_iter", "30"),
     *("--densify_grad_threshold", "1e-5", "--opacity_reset_interval", "26", "--mask_lr", "0.2", "--log_interval", "6"),
     *("--mask_prune_iter", "8", "--test_iterations", "21", "44", "--quiet", "--no-report", "--eval"),
+    "--no_cuda_graphs",  # recorded steps: test_step_graphs.py
 )
 TIMES = {"seconds", "total_seconds", "images_per_second"}
 

@@ -100,8 +100,8 @@ def test_schedules_follow_the_length_when_asked() -> None:
 
 def test_masks_are_pulled_harder_in_a_shorter_schedule() -> None:
     for setting, usual in (("beta", 5e-4), ("gamma", 1e-3)):
-        short = parsed(f"--iterations 7500 --scale_schedules --setting {setting}")
-        assert short.mask.lambda_mask == pytest.approx(4 * usual, rel=1e-12)
+        short = parsed(f"--iterations 3750 --scale_schedules --setting {setting}")
+        assert short.mask.lambda_mask == pytest.approx(16 * usual, rel=1e-12)
     assert parsed("--iterations 7500 --scale_schedules --lambda_mask 0.002").mask.lambda_mask == 0.002
     assert parsed("--iterations 7500 --setting gamma").mask.lambda_mask == 1e-3
     learned = parsed("--prune_method rad_splat --use_importance_mask --iterations 7500 --scale_schedules")

@@ -409,7 +409,6 @@ def test_background_shows_through(backend):
         ({"quats": np.zeros((40, 4))}, "quats is a ndarray; expected a torch.Tensor"),
         ({"viewmats": torch.zeros(2, 4, 4).double().requires_grad_()}, "viewmats requires a gradient"),
         ({"render_mode": "depth"}, "render_mode is 'depth'; expected one of RGB, D, ED"),
-        ({"absgrad": True}, "absgrad=True"),
         ({"width": 0}, "the image is 0 x 19 pixels"),
         ({"backend": "metal"}, "metal"),
     ],

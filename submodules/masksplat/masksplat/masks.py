@@ -37,21 +37,24 @@ class MaskSample(NamedTuple):
     num_drawn: Tensor
 
 
-def mask_sample(logits: Tensor, ids: Tensor, seed: int, step: int) -> MaskSample:
+def mask_sample(logits: Tensor, ids: Tensor, seed: int, step: int, *, step_at: Tensor | None = None) -> MaskSample:
     """A hard sample of the masks for one training step, and what its backward needs.
 
-    Args: logits: (N,) float32 or float64; ids: (N,) int64 keys of the noise; seed: 64 bits; step: 32 bits.
+    Args: logits: (N,) float32 or float64; ids: (N,) int64 keys of the noise; seed: 64 bits; step: 32 bits; step_at:
+    (1,) int32 beside logits that kernels draw, which read the step there, whatever it is by then.
     The same (seed, step, id, logit) gives the same sample, whatever the rows' order.
     Raises: ValueError for other dtypes or shapes, or a number out of its range.
     """
     if logits.dtype not in _LOWEST_LOGIT or logits.shape != ids.shape:
         raise ValueError(f"mask logits must be float32 or float64 of shape {tuple(ids.shape)}, got {logits.dtype}")
     require_key(seed, step)
+    require_kernels(logits, step_at)
     source = logits.detach().contiguous()
     if _has_kernels(source):
         from masksplat.cuda import devices, mask
 
-        return MaskSample(*mask.sample(devices.launcher_of(source.device), source, ids.contiguous(), seed, step))
+        key = step if step_at is None else step_at
+        return MaskSample(*mask.sample(devices.launcher_of(source.device), source, ids.contiguous(), seed, key))
     if source.device.type != "cpu":
         return mask_sample_torch(source, ids, seed, step)
     drawn, keep_gradient = torch.empty_like(source), torch.empty_like(source)
@@ -84,22 +87,26 @@ def mask_update(
     keep_gradient: Tensor,
     d_all: float | Counted,
     adam: AdamStep,
+    numbers: Tensor | None = None,
     status: Tensor | None = None,
 ) -> None:
     """One Adam update (torch.optim.Adam without weight decay) of the logits and their moments, in place.
 
     Args: logits, exp_avg, exp_avg_sq: (N,) contiguous; d_mask: (N,) gradient of the loss by the hard sample;
     keep_gradient: (N,) of the same sample; d_all: a gradient that every sample gets on top (the regulariser's), a
-    number, or one that follows a count on the same device; status: the cuda body's status words, nothing is updated
-    once they tell of an overflow.
+    number, or one that follows a count on the same device; numbers: (6,) float32 beside logits that kernels update,
+    which read there (`update_numbers`) what `d_all` and `adam` say, whatever it is by then; status: the cuda
+    body's status words, nothing is updated once they tell of an overflow.
     """
+    require_kernels(logits, numbers)
     if _has_kernels(logits):
         from masksplat.cuda import devices, mask
 
         launcher, given = devices.launcher_of(logits.device), d_mask.to(logits).contiguous()
         mask.update(
             launcher, logits, exp_avg, exp_avg_sq,
-            d_mask=given, keep_gradient=keep_gradient.contiguous(), d_all=d_all, adam=adam, status=status,
+            d_mask=given, keep_gradient=keep_gradient.contiguous(), d_all=d_all, adam=adam, numbers=numbers,
+            status=status,
         )  # fmt: skip
         return
     if status is not None and int(status[0]) != 0:
@@ -111,7 +118,7 @@ def mask_update(
         return
     dtype = logits.numpy().dtype
     step_size, correction = _bias_corrected(adam)
-    numbers = [adam.beta1, 1 - adam.beta1, adam.beta2, 1 - adam.beta2, step_size, correction, adam.eps]
+    factors = [adam.beta1, 1 - adam.beta1, adam.beta2, 1 - adam.beta2, step_size, correction, adam.eps]
     update_kernel(
         logits.numpy(),
         d_mask.to(logits).contiguous().numpy(),
@@ -119,8 +126,15 @@ def mask_update(
         exp_avg.numpy(),
         exp_avg_sq.numpy(),
         dtype.type(float(d_all.num) * d_all.factor if isinstance(d_all, Counted) else d_all),
-        np.array(numbers, dtype),
+        np.array(factors, dtype),
     )
+
+
+def update_numbers(factor: float, adam: AdamStep) -> tuple[float, ...]:
+    """What `mask_update` reads in memory: the number or the factor of `d_all`, then what `adam` comes to."""
+    from masksplat.cuda import mask
+
+    return mask.update_numbers(factor, adam)
 
 
 def mask_update_torch(
@@ -140,6 +154,12 @@ def mask_update_torch(
     exp_avg_sq.mul_(adam.beta2).addcmul_(gradient, gradient, value=1 - adam.beta2)
     step_size, correction = _bias_corrected(adam)
     logits.addcdiv_(exp_avg, exp_avg_sq.sqrt().mul_(correction).add_(adam.eps), value=-step_size)
+
+
+def require_kernels(logits: Tensor, numbers: Tensor | None) -> None:
+    """Raises: ValueError for numbers in memory where kernels would not read them."""
+    if numbers is not None and not _has_kernels(logits):
+        raise ValueError(f"numbers in memory are for float32 logits on a GPU, not {logits.dtype} on {logits.device}")
 
 
 def _has_kernels(logits: Tensor) -> bool:

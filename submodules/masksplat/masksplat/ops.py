@@ -18,6 +18,7 @@ from masksplat.types import (
     Frame,
     GaussianGradients,
     Gaussians,
+    ImageGradient,
     Optimizer,
     PhotometricLoss,
     ProjectionSettings,
@@ -52,7 +53,10 @@ class Body(Protocol):
     def project_backward(
         self, gaussians: Gaussians, views: Views, settings: ProjectionSettings, splats: Splats, d_rows: Tensor
     ) -> GaussianGradients:
-        """Gradients of the parameters and masks, summed over views, from `d_rows` (M, 10)."""
+        """Gradients of the parameters and masks, summed over views, from `d_rows` (M, 10).
+
+        `splats` are what `project` made of these Gaussians; bodies may read their rows instead of projecting again.
+        """
 
     def project_backward_update(
         self,
@@ -102,6 +106,13 @@ class Body(Protocol):
 
         With `overwrite` the view's rows become this gradient, whatever they held; what those that are not in use
         (`Splats.counts`) hold afterwards is undefined.
+        """
+
+    def absolute_gradients(self, splats: Splats, frame: Frame, gradient: ImageGradient) -> Tensor:
+        """(V, 2) sums over the frame's pixels of |dL/d mean2d| of each splat of its view (AbsGS, Ye et al. 2024).
+
+        x and y by themselves, over all channels of `gradient`, whatever colours the frame has. A pass of its own: who
+        does not ask for it pays nothing.
         """
 
     def photometric(

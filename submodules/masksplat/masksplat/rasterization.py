@@ -19,7 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from masksplat.ops import Body, get_body
-from masksplat.types import ALPHA_MIN, TILE, Gaussians, ProjectionSettings, Splats, Views, compact
+from masksplat.types import (
+    ALPHA_MIN,
+    TILE,
+    Frame,
+    Gaussians,
+    ImageGradient,
+    ProjectionSettings,
+    Splats,
+    Views,
+    compact,
+)
 
 RENDER_MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
 
@@ -37,6 +47,14 @@ class _Inputs(NamedTuple):
     views: Views
     sh_degree: int | None
     render_mode: str
+
+
+class _Drawn(NamedTuple):
+    """What the images were composited of: the splats, what each gives to the channels (M, D), a frame of each view."""
+
+    splats: Splats
+    colours: Tensor
+    frames: list[Frame]
 
 
 class _Project(torch.autograd.Function):
@@ -61,23 +79,52 @@ class _Project(torch.autograd.Function):
 
 
 class _Rasterize(torch.autograd.Function):
-    """The body's `rasterize` / `rasterize_backward` pair for one view: rows (M, 10) to rgb and transmittance."""
+    """The body's `rasterize` / `rasterize_backward` pair for one view: rows (M, 10) to rgb, transmittance, frame."""
 
     @staticmethod
     def forward(ctx: Any, body: Body, splats: Splats, view: int, rows: Tensor, background: Tensor, size: Any) -> Any:
         splats = dataclasses.replace(splats, rows=rows.detach().contiguous())
         frame = body.rasterize(splats, view, size, background.detach())
         ctx.call = (body, splats, frame)
-        return frame.rgb.clone(), frame.transmittance.clone()
+        return frame.rgb.clone(), frame.transmittance.clone(), frame
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_rgb: Tensor, d_transmittance: Tensor) -> Any:
+    def backward(ctx: Any, d_rgb: Tensor, d_transmittance: Tensor, _: None) -> Any:
         body, splats, frame = ctx.call
         d_rows = torch.zeros_like(splats.rows)
         body.rasterize_backward(splats, frame, d_rgb.contiguous(), d_rows, d_transmittance=d_transmittance.contiguous())
         d_background = torch.einsum("hwc,hw->c", d_rgb, frame.transmittance)
         return None, None, None, d_rows, d_background, None
+
+
+class _NoteAbsoluteGradients(torch.autograd.Function):
+    """Images (C, h, w, D) and alphas as they are; their backward leaves `absgrad` on meta["means2d"] (AbsGS).
+
+    All channels together: the passes of `_Rasterize` see three each, and sizes of sums are no sums of sizes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, body: Body, drawn: _Drawn, meta: dict[str, Any], images: Tensor, alphas: Tensor) -> Any:
+        ctx.call = (body, drawn, meta["means2d"], images.detach())
+        return images.view_as(images), alphas.view_as(alphas)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_images: Tensor, d_alphas: Tensor) -> Any:
+        body, drawn, means2d, images = ctx.call
+        parts = []
+        for frame, image, d_image, d_alpha in zip(drawn.frames, images, d_images, d_alphas, strict=True):
+            behind = (d_image * image).sum(-1) - d_alpha[..., 0] * frame.transmittance
+            colours = drawn.colours[slice(*drawn.splats.view_range(frame.view))]
+            gradient = ImageGradient(colours.contiguous(), d_image.contiguous(), behind)
+            parts.append(body.absolute_gradients(drawn.splats, frame, gradient))
+        sums = torch.cat(parts)
+        if means2d.ndim == 3:
+            place = (_camera_ids(drawn.splats), drawn.splats.gaussians.long())
+            sums = sums.new_zeros(means2d.shape).index_put(place, sums)
+        means2d.absgrad = sums
+        return None, None, None, d_images, d_alphas
 
 
 def rasterization(
@@ -111,6 +158,8 @@ def rasterization(
         viewmats, Ks: (C, 4, 4) world to camera (x right, y down, z forward); (C, 3, 3) in pixels. No gradient.
         masks: (N,) in [0, 1], default 1; a masked Gaussian composites with alpha m alpha.
         backgrounds: (C, D), default black.
+        absgrad: whether a backward leaves meta["means2d"].absgrad (AbsGS): in the layout of its gradient, the sums over
+            pixels of each pixel's |dL/d mean2d|, of the last backward.
         render_mode: "RGB", accumulated depth "D", expected depth "ED", or "RGB+D", "RGB+ED" (depth comes last).
         packed: whether meta holds (M, ...) rows with camera_ids and gaussian_ids, or (C, N, ...) with zeros.
 
@@ -125,15 +174,16 @@ def rasterization(
     tensors |= {"viewmats": viewmats, "Ks": Ks}
     tensors |= {name: tensor for name, tensor in (("masks", masks), ("backgrounds", backgrounds)) if tensor is not None}
     inputs = _check_inputs(tensors, int(width), int(height), sh_degree, render_mode)
-    if absgrad:
-        raise ValueError("absgrad=True: no masksplat body gives absolute gradients of means2d; pass absgrad=False.")
     settings = ProjectionSettings(sh_degree, near_plane, far_plane, eps2d, antialiased, activated=True)
     body = _body(backend, means.device)
     rows, splats = _project(body, inputs, settings)
     meta, rows = _describe(rows, splats, inputs, packed)
     channels = _splat_channels(rows, splats, inputs)
-    images, alphas = _render(body, splats, rows, channels, inputs)
-    return images, alphas, meta
+    images, alphas, frames = _render(body, splats, rows, channels, inputs)
+    if absgrad:
+        drawn = _Drawn(splats, channels.detach(), frames)
+        images, alphas = _NoteAbsoluteGradients.apply(body, drawn, meta, images, alphas)
+    return _with_expected_depth(images, alphas, inputs.render_mode), alphas, meta
 
 
 def _body(backend: str, device: torch.device) -> Body:
@@ -302,21 +352,28 @@ def _backgrounds(inputs: _Inputs, num_channels: int) -> Tensor:
     return F.pad(given, (0, num_channels - given.shape[1]))
 
 
-def _render(body: Body, splats: Splats, rows: Tensor, channels: Tensor, inputs: _Inputs) -> tuple[Tensor, Tensor]:
-    """Images (C, h, w, channels) and alphas (C, h, w, 1), three channels a pass."""
+def _render(
+    body: Body, splats: Splats, rows: Tensor, channels: Tensor, inputs: _Inputs
+) -> tuple[Tensor, Tensor, list[Frame]]:
+    """Images (C, h, w, channels), alphas (C, h, w, 1) and a frame of each view, three channels a pass."""
     num_channels = channels.shape[1]
     padding = (0, -num_channels % _CHANNELS)
     padded, backgrounds = F.pad(channels, padding), F.pad(_backgrounds(inputs, num_channels), padding)
-    images, alphas = [], []
+    images, alphas, frames = [], [], []
     for view, size in enumerate(inputs.views.sizes):
         passes = []
         for first in range(0, padded.shape[1], _CHANNELS):
             part = slice(first, first + _CHANNELS)
             painted = torch.cat((rows[:, :6], padded[:, part], rows[:, 9:]), dim=1)
             passes.append(_Rasterize.apply(body, splats, view, painted, backgrounds[view, part], size))
-        images.append(torch.cat([rgb for rgb, _ in passes], dim=-1)[..., :num_channels])
+        images.append(torch.cat([rgb for rgb, _, _ in passes], dim=-1)[..., :num_channels])
         alphas.append(1.0 - passes[0][1][..., None])
-    image, alpha = torch.stack(images), torch.stack(alphas)
-    if inputs.render_mode.endswith("ED"):
-        image = torch.cat((image[..., :-1], image[..., -1:] / alpha.clamp(min=SMALLEST_ALPHA)), dim=-1)
-    return image, alpha
+        frames.append(passes[0][2])
+    return torch.stack(images), torch.stack(alphas), frames
+
+
+def _with_expected_depth(images: Tensor, alphas: Tensor, render_mode: str) -> Tensor:
+    """The images, with accumulated depth divided by alpha where the mode asks for expected depth."""
+    if not render_mode.endswith("ED"):
+        return images
+    return torch.cat((images[..., :-1], images[..., -1:] / alphas.clamp(min=SMALLEST_ALPHA)), dim=-1)

@@ -164,6 +164,14 @@ class Frame:
     state: Any = field(default=None, repr=False)  # private to the body
 
 
+class ImageGradient(NamedTuple):
+    """The gradient of a loss in an image of D channels, for the V splats of a view that it is composited of."""
+
+    colours: Tensor  # (V, D) what the splats contribute
+    d_image: Tensor  # (h, w, D)
+    behind: Tensor  # (h, w) d_image . image + T_end dL/dT_end: what lies behind the first splat of a pixel
+
+
 class PhotometricLoss(NamedTuple):
     """Terms of (1 - lambda) * L1 + lambda * (1 - SSIM) over a region, each divided by the whole image's values.
 
@@ -206,11 +214,16 @@ class Counted(NamedTuple):
 
 
 class Optimizer(NamedTuple):
-    """Adam state of the six kernel attributes, in the order of `Gaussians`: moments in their shapes, one step each."""
+    """Adam state of the six kernel attributes, in the order of `Gaussians`: moments in their shapes, one step each.
+
+    factors: what the cuda body makes of the steps (`cuda.projection.adam_table`), on the device already; kernels read
+    it when they run, so that launches can be recorded once and replayed with others. Other bodies take the steps.
+    """
 
     exp_avg: tuple[Tensor, ...]
     exp_avg_sq: tuple[Tensor, ...]
     steps: tuple[AdamStep, ...]
+    factors: Tensor | None = None
 
 
 class Statistics(NamedTuple):

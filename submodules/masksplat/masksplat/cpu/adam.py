@@ -6,7 +6,10 @@ from __future__ import annotations
 import math
 
 from masksplat.cpu.kernel import device, kernel
-from masksplat.cpu.simd import LANES, broadcast, load, square_root, store
+from masksplat.cpu.simd import LANES, broadcast, load, prefetch_to_write, square_root, store
+
+AHEAD = 256
+"""Numbers that are asked for in advance: the processor by itself goes to the end of a page of memory only."""
 
 
 @device
@@ -24,6 +27,9 @@ def adam_span(param, grad, exp_avg, exp_avg_sq, start, grad_start, count, factor
     v_drift = broadcast(drift)
     whole = count - count % LANES
     for k in range(0, whole, LANES):
+        prefetch_to_write(exp_avg, start + k + AHEAD)
+        prefetch_to_write(exp_avg_sq, start + k + AHEAD)
+        prefetch_to_write(param, start + k + AHEAD)
         gradient = load(grad, grad_start + k) * v_scale
         mean = v_beta1 * load(exp_avg, start + k) + v_rest1 * gradient
         square = v_beta2 * load(exp_avg_sq, start + k) + v_rest2 * gradient * gradient

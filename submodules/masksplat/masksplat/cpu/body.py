@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from masksplat.cpu import photometric as loss_kernels
+from masksplat.cpu.absolute import absolute_tiles, sum_pairs
 from masksplat.cpu.adam import adam_rows
 from masksplat.cpu.binning import TileLists, bin_splats
 from masksplat.cpu.geometry import CAMERA_SIZE
@@ -29,13 +30,13 @@ from masksplat.types import (
     Frame,
     GaussianGradients,
     Gaussians,
+    ImageGradient,
     Optimizer,
     PhotometricLoss,
     ProjectionSettings,
     Splats,
     Statistics,
     Views,
-    empty_like_gradients,
 )
 
 Array = np.ndarray[Any, Any]
@@ -85,9 +86,8 @@ class CpuBody:
         for view, size in enumerate(views.sizes):
             counts = np.zeros(self.num_tasks, np.int64)
             self.team.run(
-                project_rows, self.num_tasks, table, table[5].reshape(-1), mask_array,
-                cameras[view], np.array(size), _flags(settings),
-                _limits(settings, dtype), slots[view], packed, packed_boxes, counts,
+                project_rows, self.num_tasks, table, mask_array, cameras[view], np.array(size),
+                _flags(settings, gaussians), _limits(settings, dtype), slots[view], packed, packed_boxes, counts,
             )  # fmt: skip
             parts.append(self._compact(id_array, slots[view], packed, packed_boxes, counts, offsets[-1]))
             offsets.append(offsets[-1] + int(counts.sum()))
@@ -116,11 +116,13 @@ class CpuBody:
         """See `Body.project_backward`."""
         table = _table_arrays(gaussians)
         dtype = table[0].dtype
-        gradients = empty_like_gradients(gaussians)
+        tensors = (*_tensors_of(gaussians), gaussians.opacities)
+        gradients = GaussianGradients(*(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors))
+        *attributes, d_masks = map(_flat, gradients)
         self.team.run(
-            project_backward_rows, self.num_tasks, table, table[5].reshape(-1), pack_cameras(views, dtype),
-            _limits(settings, dtype),
-            _flags(settings), _array(splats.slots), _array(d_rows), tuple(_array(g).reshape(-1) for g in gradients),
+            project_backward_rows, self.num_tasks, table, _cameras_with_size(views, dtype), _limits(settings, dtype),
+            _flags(settings, gaussians), _array(splats.slots), _flat(splats.rows), _flat(d_rows),
+            tuple(attributes), d_masks,
         )  # fmt: skip
         return gradients
 
@@ -142,12 +144,10 @@ class CpuBody:
         d_masks = np.empty(len(gaussians), dtype)
         factors = np.array([_adam_factors(step, gradient_scale) for step in optimizer.steps], dtype)
         self.team.run(
-            update_rows, self.num_tasks, table, tuple(a.reshape(-1) for a in table),
-            tuple(_array(m).reshape(-1) for m in optimizer.exp_avg),
-            tuple(_array(v).reshape(-1) for v in optimizer.exp_avg_sq), factors, pack_cameras(views, dtype),
-            np.array(views.sizes, np.int64), _limits(settings, dtype), _flags(settings), _array(splats.slots),
-            _array(d_rows), _array(statistics.grad_norm_sum),
-            _array(statistics.view_count), d_masks,
+            update_rows, self.num_tasks, table, tuple(map(_flat, optimizer.exp_avg)),
+            tuple(map(_flat, optimizer.exp_avg_sq)), factors, _cameras_with_size(views, dtype),
+            _limits(settings, dtype), _flags(settings, gaussians), _array(splats.slots), _flat(splats.rows),
+            _flat(d_rows), _array(statistics.grad_norm_sum), _array(statistics.view_count), d_masks,
         )  # fmt: skip
         return torch.from_numpy(d_masks)
 
@@ -212,6 +212,21 @@ class CpuBody:
         if overwrite:
             d_rows[first:last] = 0.0
         self.team.run(sum_instances, self.num_tasks, lists.instance_offsets, packed, sums, _array(d_rows)[first:last])
+
+    def absolute_gradients(self, splats: Splats, frame: Frame, gradient: ImageGradient) -> Tensor:
+        """See `Body.absolute_gradients`."""
+        state: _FrameState = frame.state
+        lists = state.lists
+        packed, _ = _view_arrays(splats, frame.view)
+        sums = np.zeros((lists.num_instances, 2), packed.dtype)
+        self.team.run(
+            absolute_tiles, self.num_tasks, tile_constants(packed.dtype), packed, _array(gradient.colours),
+            lists.tile_offsets, lists.splats, lists.instances, state.region, state.ends, state.covers,
+            _array(gradient.d_image), _array(gradient.behind), sums,
+        )  # fmt: skip
+        total = np.zeros((len(packed), 2), packed.dtype)
+        sum_pairs(lists.instance_offsets, sums, total)
+        return torch.from_numpy(total)
 
     def photometric(
         self,
@@ -285,22 +300,27 @@ def pack_cameras(views: Views, dtype: Any) -> Array:
     return packed.astype(dtype)
 
 
+def _cameras_with_size(views: Views, dtype: Any) -> Array:
+    """(B, CAMERA_SIZE + 2): packed cameras, and half of width and height."""
+    return np.concatenate([pack_cameras(views, dtype), 0.5 * np.array(views.sizes, dtype)], axis=1, dtype=dtype)
+
+
 def _array(tensor: Tensor) -> Array:
     return tensor.detach().contiguous().numpy()
 
 
+def _flat(tensor: Tensor) -> Array:
+    return _array(tensor).reshape(-1)
+
+
+def _tensors_of(gaussians: Gaussians) -> tuple[Tensor, ...]:
+    """The attributes in the order of every tuple of the kernels."""
+    g = gaussians
+    return g.means, g.quats, g.scales, g.opacities, g.sh0, g.shN
+
+
 def _table_arrays(gaussians: Gaussians) -> tuple[Array, ...]:
-    return tuple(
-        _array(tensor)
-        for tensor in (
-            gaussians.means,
-            gaussians.quats,
-            gaussians.scales,
-            gaussians.opacities,
-            gaussians.sh0,
-            gaussians.shN,
-        )  # fmt: skip
-    )
+    return tuple(map(_flat, _tensors_of(gaussians)))
 
 
 def _view_arrays(splats: Splats, view: int) -> tuple[Array, Array]:
@@ -308,9 +328,9 @@ def _view_arrays(splats: Splats, view: int) -> tuple[Array, Array]:
     return _array(splats.rows)[first:last], _array(splats.boxes)[first:last]
 
 
-def _flags(settings: ProjectionSettings) -> Array:
+def _flags(settings: ProjectionSettings, gaussians: Gaussians) -> Array:
     degree = -1 if settings.sh_degree is None else settings.sh_degree
-    return np.array([degree, settings.activated, settings.antialiased], np.int64)
+    return np.array([degree, settings.activated, settings.antialiased, 3 * gaussians.shN.shape[1]], np.int64)
 
 
 def _limits(settings: ProjectionSettings, dtype: Any) -> Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from masksplat.cpu.exponential import exp
 from masksplat.cpu.kernel import device
-from masksplat.cpu.lanes import column, entry, maximum, minimum
+from masksplat.cpu.lanes import entry, four_columns, maximum, minimum, row_starts, three_columns
 from masksplat.cpu.simd import broadcast, square_root
 
 CAMERA_SIZE = 23
@@ -19,6 +19,8 @@ CAMERA_SIZE = 23
 FX, FY, CX, CY = 12, 13, 14, 15
 X_LOW, X_HIGH, Y_LOW, Y_HIGH = 16, 17, 18, 19
 CENTRE = 20
+HALF_WIDTH, HALF_HEIGHT = CAMERA_SIZE, CAMERA_SIZE + 1
+"""Of the image, in pixels: behind a packed camera where gradients are asked for."""
 
 EXP_LIMIT = 80
 """Arguments of exp are clamped here, before float32 overflows: a scale or an odds ratio of 5e34 is no scene."""
@@ -35,12 +37,6 @@ def world_turn(camera):
 
 
 @device
-def mean_of(means, index):
-    """World coordinates of the batch."""
-    return column(means, index, 0), column(means, index, 1), column(means, index, 2)
-
-
-@device
 def camera_point(camera, turn, mean):
     """World points to camera coordinates."""
     x, y, z = mean
@@ -54,7 +50,7 @@ def camera_point(camera, turn, mean):
 @device
 def unit_quaternion(quats, index):
     """(w, x, y, z) after normalisation, and 1 / norm."""
-    w, x, y, z = column(quats, index, 0), column(quats, index, 1), column(quats, index, 2), column(quats, index, 3)
+    w, x, y, z = four_columns(quats, row_starts(index, 4), 0)
     inverse = broadcast(quats.dtype.type(1)) / square_root(w * w + x * x + y * y + z * z)
     return w * inverse, x * inverse, y * inverse, z * inverse, inverse
 
@@ -127,7 +123,7 @@ def determinants(half, cov, eps2d):
 @device
 def activated_scale(scales, index, activated):
     """The three standard deviations in world units."""
-    x, y, z = column(scales, index, 0), column(scales, index, 1), column(scales, index, 2)
+    x, y, z = three_columns(scales, index)
     if activated:
         return x, y, z
     highest = broadcast(scales.dtype.type(EXP_LIMIT))

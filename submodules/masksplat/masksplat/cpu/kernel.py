@@ -42,8 +42,17 @@ def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 kernel = _compiled()
 """For functions that Python calls.
 
-Inner loops index whole arrays, `rows[s, 2]`: a view such as `rows[s]` costs two atomic reference counts each time.
+Inner loops index whole arrays, `rows[s, 2]`: a view such as `rows[s]` costs two atomic reference counts each time. Best
+is a kernel that makes its scratch arrays and leaves all loops to a `device` function.
 """
 
-device = _compiled(forceinline=True)
-"""For functions called in inner loops: a real call passes every array as seven values and counts references."""
+device = _compiled(forceinline=True, _nrt=False)
+"""For functions called in inner loops: a real call passes every array as seven values and counts references.
+
+Compiled without numba's runtime, so that nothing here counts references at all: numba takes the pairs of counts out of
+straight code only, and around a branch each array costs two atomic operations. Such a function can make no array, and
+must return none: its caller would give back a reference that nobody took.
+"""
+
+allocating = _compiled(forceinline=True)
+"""For functions that make arrays for a kernel, outside its loops."""

@@ -8,18 +8,37 @@ results back writes the first `count` lanes only.
 from __future__ import annotations
 
 from masksplat.cpu.kernel import device
-from masksplat.cpu.simd import LANES, load, pack, select_gt, store, transpose
+from masksplat.cpu.simd import LANES, load, load_halves, pack, select_gt, store, transpose, transpose_halves
 
 COEFFICIENTS = 48
 """Vectors of scratch for a row of shN, 3 (K - 1) <= 45."""
 
 
 @device
-def column(array, index, c):
-    """Column c of a 2-D array at the batch's rows."""
+def row_starts(index, width):
+    """Where the batch's rows of `width` numbers begin in a flat array.
+
+    Worked out once for all reads: LLVM would read `index` again after every store.
+    """
+    return (
+        index[0] * width, index[1] * width, index[2] * width, index[3] * width,
+        index[4] * width, index[5] * width, index[6] * width, index[7] * width,
+    )  # fmt: skip
+
+
+@device
+def three_columns(flat, index):
+    """The three columns of the batch's rows in a flat array of rows of three."""
+    at = row_starts(index, 3)
+    return single_column(flat, at, 0), single_column(flat, at, 1), single_column(flat, at, 2)
+
+
+@device
+def single_column(flat, at, c):
+    """Column c of the rows that begin at `at`."""
     return pack(
-        array[index[0], c], array[index[1], c], array[index[2], c], array[index[3], c],
-        array[index[4], c], array[index[5], c], array[index[6], c], array[index[7], c],
+        flat[at[0] + c], flat[at[1] + c], flat[at[2] + c], flat[at[3] + c],
+        flat[at[4] + c], flat[at[5] + c], flat[at[6] + c], flat[at[7] + c],
     )  # fmt: skip
 
 
@@ -52,23 +71,28 @@ def minimum(a, b):
 
 
 @device
-def group_start(group, width):
-    """First column of a group of eight; the last group of a row of `width` >= 8 columns overlaps the one before."""
-    return min(group * LANES, width - LANES)
+def four_columns(flat, at, start):
+    """Columns start, ..., start + 3 of the rows that begin at `at`: four vectors."""
+    return transpose_halves(
+        load_halves(flat, at[0] + start, at[4] + start),
+        load_halves(flat, at[1] + start, at[5] + start),
+        load_halves(flat, at[2] + start, at[6] + start),
+        load_halves(flat, at[3] + start, at[7] + start),
+    )
 
 
 @device
 def read_rows(flat, width, index, num_columns, out):
-    """out[8 j :] = column j of rows of `width` numbers in a flat array, for j < num_columns (0, or 8 and more)."""
-    for group in range((num_columns + LANES - 1) // LANES):
-        start = group_start(group, width)
-        vectors = transpose(
-            load(flat, index[0] * width + start), load(flat, index[1] * width + start),
-            load(flat, index[2] * width + start), load(flat, index[3] * width + start),
-            load(flat, index[4] * width + start), load(flat, index[5] * width + start),
-            load(flat, index[6] * width + start), load(flat, index[7] * width + start),
-        )  # fmt: skip
-        store_eight(out, start * LANES, vectors)
+    """out[8 j :] = column j of rows of `width` numbers in a flat array, for j < num_columns (0, or 4 and more)."""
+    at = row_starts(index, width)
+    for group in range((num_columns + 3) // 4):
+        start = min(4 * group, width - 4)  # the last group of a row overlaps the one before
+        vectors = four_columns(flat, at, start)
+        place = start * LANES
+        store(out, place, vectors[0])
+        store(out, place + LANES, vectors[1])
+        store(out, place + 2 * LANES, vectors[2])
+        store(out, place + 3 * LANES, vectors[3])
 
 
 @device

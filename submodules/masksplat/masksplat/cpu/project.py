@@ -29,14 +29,13 @@ from masksplat.cpu.geometry import (
     half_projection,
     image_turn,
     jacobian_terms,
-    mean_of,
     rotation,
     unit_quaternion,
     view_direction,
     world_turn,
 )
 from masksplat.cpu.kernel import device, kernel
-from masksplat.cpu.lanes import COEFFICIENTS, column, fill_batch, maximum, read_rows
+from masksplat.cpu.lanes import COEFFICIENTS, fill_batch, maximum, read_rows, three_columns
 from masksplat.cpu.simd import LANES, any_positive, broadcast, select_gt, square_root, store
 from masksplat.cpu.spherical_harmonics import colour_of, write_basis
 from masksplat.types import ALPHA_MIN, NUM_ROW_COLUMNS, SLOT_NO_PIXEL, SLOT_UNSEEN, TILE
@@ -50,17 +49,31 @@ MEAN_X, MEAN_Y, DEPTH, COV_XX, COV_XY, COV_YY, DET, ALPHA = range(8)
 
 
 @kernel
-def project_rows(task, num_tasks, gaussian, flat_shN, masks, camera, size, flags, limits, slots, rows, boxes, counts):
+def project_rows(task, num_tasks, gaussian, masks, camera, size, flags, limits, slots, rows, boxes, counts):
     """Project the rows of this task; visible ones are packed from the start of the task's own range.
 
-    `gaussian` is (means, quats, scales, opacities, sh0, shN), `size` (width, height), `flags` (degree, activated,
-    antialiased), `limits` (near, far, eps2d). slots[i] is set to the packed row within the task's range or to a
-    negative SLOT_ value; counts[task] to the number of packed rows. rows has an 11th column, the depth.
+    `gaussian` is (means, quats, scales, opacities, sh0, shN), flat arrays, `size` (width, height), `flags` (degree,
+    activated, antialiased, numbers in a row of shN), `limits` (near, far, eps2d). slots[i] is set to the packed row
+    within the task's range or to a negative SLOT_ value; counts[task] to the number of packed rows. rows has an 11th
+    column, the depth.
     """
-    means = gaussian[0]
-    start, stop = task * means.shape[0] // num_tasks, (task + 1) * means.shape[0] // num_tasks
+    means, num_rows = gaussian[0], slots.size
+    start, stop = task * num_rows // num_tasks, (task + 1) * num_rows // num_tasks
     lanes, index = np.empty(NUM_VECTORS * LANES, means.dtype), np.empty(LANES, np.int64)
     candidates = np.empty(stop - start, np.int64)
+    harmonics = np.empty(BASES * LANES, means.dtype), np.empty(COEFFICIENTS * LANES, means.dtype)
+    counts[task] = project_span(
+        gaussian, masks, camera, size, flags, limits, slots, rows, boxes, start, stop, lanes, index,
+        candidates, harmonics,
+    )  # fmt: skip
+
+
+@device
+def project_span(
+    gaussian, masks, camera, size, flags, limits, slots, rows, boxes, start, stop, lanes, index, candidates,
+    harmonics,
+):  # fmt: skip
+    """`project_rows` for the rows from `start` to `stop`, with arrays to work in; returns the number of packed rows."""
     num_candidates = list_candidates(
         gaussian, start, stop, camera, size, flags, limits, slots, lanes, index, candidates
     )
@@ -77,22 +90,19 @@ def project_rows(task, num_tasks, gaussian, flat_shN, masks, camera, size, flags
                 slots[i] = packed - start
                 candidates[packed - start] = i  # never ahead of `first`: the list of packed rows overwrites it
                 packed += 1
-    counts[task] = packed - start
-    colour_rows(gaussian, flat_shN, camera, flags, candidates, packed - start, start, lanes, index, rows)
+    colour_rows(gaussian, camera, flags, candidates, packed - start, start, lanes, index, harmonics, rows)
+    return packed - start
 
 
 @device
-def colour_rows(gaussian, flat_shN, camera, flags, visible, num_visible, start, lanes, index, rows):
+def colour_rows(gaussian, camera, flags, visible, num_visible, start, lanes, index, harmonics, rows):
     """Colours of the packed rows `start`, `start + 1`, ..., which are those of the Gaussians `visible`."""
-    means = gaussian[0]
-    basis, coefficients = np.empty(BASES * LANES, means.dtype), np.empty(COEFFICIENTS * LANES, means.dtype)
+    basis, coefficients = harmonics
     for first in range(0, num_visible, LANES):
         count = min(LANES, num_visible - first)
         fill_batch(index, visible, first, count)
-        mean = mean_of(means, index)
-        red, green, blue = batch_colour(
-            gaussian[4], gaussian[5], flat_shN, index, camera, mean, flags, basis, coefficients
-        )
+        mean = three_columns(gaussian[0], index)
+        red, green, blue = batch_colour(gaussian[4], gaussian[5], index, camera, mean, flags, basis, coefficients)
         store(lanes, 0, red)
         store(lanes, LANES, green)
         store(lanes, 2 * LANES, blue)
@@ -127,7 +137,7 @@ def write_may_be_seen(means, scales, index, camera, size, activated, limits, lan
     """
     real = means.dtype.type
     one, zero = broadcast(real(1)), broadcast(real(0))
-    x, y, z = camera_point(camera, world_turn(camera), mean_of(means, index))
+    x, y, z = camera_point(camera, world_turn(camera), three_columns(means, index))
     seen = select_gt(z, broadcast(limits[0]), one, zero)
     seen = select_gt(broadcast(limits[1]), z, seen, zero)
     if not any_positive(seen):
@@ -157,7 +167,7 @@ def project_batch(gaussian, index, camera, flags, limits, lanes):
     """Everything about eight Gaussians that needs no decision, into `lanes`."""
     means, quats, scales, opacities = gaussian[0], gaussian[1], gaussian[2], gaussian[3]
     one, eps2d = broadcast(means.dtype.type(1)), broadcast(limits[2])
-    turn, mean = world_turn(camera), mean_of(means, index)
+    turn, mean = world_turn(camera), three_columns(means, index)
     x, y, z = camera_point(camera, turn, mean)
     inverse_z = one / z
     turned = rotation(one, unit_quaternion(quats, index))
@@ -179,15 +189,15 @@ def project_batch(gaussian, index, camera, flags, limits, lanes):
 
 
 @device
-def batch_colour(sh0, shN, flat_shN, index, camera, mean, flags, basis, coefficients):
+def batch_colour(sh0, shN, index, camera, mean, flags, basis, coefficients):
     """Colours of the batch; degree -1 takes sh0 as the colour."""
     degree, half = flags[0], broadcast(sh0.dtype.type(0.5))
-    red, green, blue = column(sh0, index, 0), column(sh0, index, 1), column(sh0, index, 2)
+    red, green, blue = three_columns(sh0, index)
     if degree < 0:
         return red, green, blue
     x, y, z, _ = view_direction(camera, mean)
     write_basis(basis, degree, x, y, z)
-    read_rows(flat_shN, 3 * shN.shape[1], index, 3 * ((degree + 1) * (degree + 1) - 1), coefficients)
+    read_rows(shN, flags[3], index, 3 * ((degree + 1) * (degree + 1) - 1), coefficients)
     red, green, blue = colour_of(basis, coefficients, degree, red, green, blue)
     zero = half - half
     return maximum(red + half, zero), maximum(green + half, zero), maximum(blue + half, zero)

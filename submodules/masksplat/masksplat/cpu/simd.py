@@ -126,25 +126,94 @@ def pack(typingctx: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any,
 
 
 @intrinsic
+def load_halves(typingctx: Any, array: Any, low: Any, high: Any) -> Any:
+    """Lanes array[low], ..., array[low + 3], array[high], ..., array[high + 3] of a contiguous 1-D array.
+
+    Two loads that need no shuffle, of which the usual processors have one unit.
+    """
+    result = VectorType(array.dtype)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array_type = signature.args[0]
+        data = context.make_array(array_type)(context, builder, args[0]).data
+        half = ir.VectorType(_llvm_vector(array_type.dtype).element, LANES // 2)
+        parts = []
+        for place in args[1:]:
+            part = builder.load(builder.bitcast(builder.gep(data, [place]), half.as_pointer()))
+            part.align = array_type.dtype.bitwidth // 8
+            parts.append(part)
+        return builder.shuffle_vector(*parts, _lane_numbers(list(range(LANES))))
+
+    return result(array, types.intp, types.intp), codegen
+
+
+@intrinsic
+def transpose_halves(typingctx: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """The columns of the two 4 x 4 matrices whose rows are the low and the high halves, as a tuple of four vectors."""
+    result = types.UniTuple(a, LANES // 2)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        rows = _exchanged(builder, list(args), LANES // 2)
+        return context.make_tuple(builder, signature.return_type, rows)
+
+    return result(a, b, c, d), codegen
+
+
+@intrinsic
 def transpose(typingctx: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> Any:
     """The columns of the 8 x 8 matrix whose rows are given, as a tuple of eight vectors."""
     result = types.UniTuple(a, LANES)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        rows, width = list(args), 1
-        while width < LANES:  # exchange blocks of `width` between rows that are `width` apart
-            keep = [lane if not lane & width else lane - width + LANES for lane in range(LANES)]
-            move = [lane + width if not lane & width else lane + LANES for lane in range(LANES)]
-            for k in (k for k in range(LANES) if not k & width):
-                pair = rows[k], rows[k + width]
-                rows[k], rows[k + width] = (
-                    builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(ir.IntType(32), LANES), lanes))
-                    for lanes in (keep, move)
-                )
-            width *= 2
-        return context.make_tuple(builder, signature.return_type, rows)
+        return context.make_tuple(builder, signature.return_type, _exchanged(builder, list(args), LANES))
 
     return result(a, b, c, d, e, f, g, h), codegen
+
+
+def _exchanged(builder: ir.IRBuilder, rows: list[ir.Value], size: int) -> list[ir.Value]:
+    """`rows` with every block of `size` x `size` lanes transposed."""
+    width = 1
+    while width < size:  # exchange blocks of `width` between rows that are `width` apart
+        keep = [lane if not lane & width else lane - width + LANES for lane in range(LANES)]
+        move = [lane + width if not lane & width else lane + LANES for lane in range(LANES)]
+        for k in (k for k in range(size) if not k & width):
+            pair = rows[k], rows[k + width]
+            rows[k], rows[k + width] = (builder.shuffle_vector(*pair, _lane_numbers(lanes)) for lanes in (keep, move))
+        width *= 2
+    return rows
+
+
+@intrinsic
+def repeated_thrice(typingctx: Any, a: Any, first: Any) -> Any:
+    """Eight of the 24 numbers that are the lanes of `a`, three times each, from number `first` (a literal) on."""
+    if not isinstance(first, types.IntegerLiteral):
+        raise RequireLiteralValue("first must be a literal")
+    start = first.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lanes = [(start + lane) // 3 for lane in range(LANES)]
+        return builder.shuffle_vector(args[0], args[0], _lane_numbers(lanes))
+
+    return a(a, first), codegen
+
+
+@intrinsic
+def cycle_of_three(typingctx: Any, a: Any, b: Any, c: Any, first: Any) -> Any:
+    """Eight of the endless row of scalars a, b, c, a, b, c, ..., from number `first` (a literal) on."""
+    if not isinstance(first, types.IntegerLiteral):
+        raise RequireLiteralValue("first must be a literal")
+    start = first.literal_value
+    result = VectorType(a)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vectors = [_splat(builder, _llvm_vector(signature.return_type.dtype), scalar) for scalar in args[:3]]
+        turns = [(start + lane) % 3 for lane in range(LANES)]
+        two = [lane + LANES * (turn == 1) for lane, turn in enumerate(turns)]
+        three = [lane + LANES * (turn == 2) for lane, turn in enumerate(turns)]
+        mixed = builder.shuffle_vector(vectors[0], vectors[1], _lane_numbers(two))
+        return builder.shuffle_vector(mixed, vectors[2], _lane_numbers(three))
+
+    return result(a, b, c, first), codegen
 
 
 @intrinsic

@@ -70,17 +70,12 @@ def colour_of(basis, coefficients, degree, red, green, blue):
 
 
 @device
-def coefficient_gradient(basis, coefficients, degree, d_red, d_green, d_blue):
-    """Replace the coefficients in scratch by their gradients and basis k by dL/dbasis_k."""
+def basis_gradient(coefficients, degree, d_red, d_green, d_blue, d_basis):
+    """Vectors d_basis[8 k :] = dL/dbasis_k for 1 <= k < (degree + 1)^2."""
     for k in range(1, (degree + 1) * (degree + 1)):
         at = 3 * LANES * (k - 1)
-        value = load(basis, LANES * k)
-        d_basis = load(coefficients, at) * d_red
-        d_basis = fma(load(coefficients, at + LANES), d_green, d_basis)
-        store(basis, LANES * k, fma(load(coefficients, at + 2 * LANES), d_blue, d_basis))
-        store(coefficients, at, value * d_red)
-        store(coefficients, at + LANES, value * d_green)
-        store(coefficients, at + 2 * LANES, value * d_blue)
+        total = fma(load(coefficients, at + LANES), d_green, load(coefficients, at) * d_red)
+        store(d_basis, LANES * k, fma(load(coefficients, at + 2 * LANES), d_blue, total))
 
 
 @device

@@ -20,7 +20,7 @@ import numpy as np
 
 from masksplat.cpu.exponential import exp2, exp2_constants
 from masksplat.cpu.footprint import is_large, span_of_band
-from masksplat.cpu.kernel import device
+from masksplat.cpu.kernel import allocating, device
 from masksplat.cpu.simd import (
     LANES,
     any_positive,
@@ -65,7 +65,7 @@ def plane_index(x, y, num_planes):
     return block * num_planes * LANES + (y % BLOCK_HEIGHT) * BLOCK_WIDTH + x % BLOCK_WIDTH
 
 
-@device
+@allocating
 def blank_tile(num_planes, array):
     """A tile of the array's dtype before any splat: transmittance 1, and 0 in the planes behind it."""
     real = array.dtype.type

@@ -3,101 +3,66 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from masksplat.cpu.adam import adam_span
 from masksplat.cpu.kernel import device, kernel
-from masksplat.cpu.project_backward import backward_scratch, chunk_backward
-from masksplat.cpu.simd import LANES
+from masksplat.cpu.project_backward import (
+    MASKS,
+    NORMS,
+    NUM_ATTRIBUTES,
+    ROWS_PER_CHUNK,
+    backward_scratch,
+    chunk_backward,
+    chunk_space,
+)
 from masksplat.types import SLOT_UNSEEN
-
-ROWS_PER_CHUNK = 1024
-"""Rows whose gradients are gathered before Adam runs over them.
-
-They fit the L2 cache (242 kB in float32). Fewer rows are shorter stretches of each of the 18 arrays than memory is read
-well in: with 64, a dense update takes 1.4 times as long.
-"""
-
-NUM_ATTRIBUTES = 6
-"""means, quats, scales, opacities, sh0, shN: the order of every tuple here."""
 
 
 @kernel
 def update_rows(
-    task, num_tasks, gaussian, flat, exp_avg, exp_avg_sq, factors, cameras, sizes, limits, flags, slots, d_rows,
+    task, num_tasks, gaussian, exp_avg, exp_avg_sq, factors, cameras, limits, flags, slots, rows, d_rows,
     norm_sum, view_count, d_masks,
 ):  # fmt: skip
     """Update the rows of this task in place.
 
-    `flat`, `exp_avg`, `exp_avg_sq` are the attributes and their moments as flat arrays, `factors` (6, 7) what
-    `adam_span` needs for each; its gradient scale applies to d_masks, too, but not to the statistics.
+    `gaussian`, `exp_avg`, `exp_avg_sq` are the attributes and their moments as flat arrays, `factors` (6, 7) what
+    `adam_span` needs for each; its gradient scale applies to d_masks, too, but not to the statistics. The rest is as
+    for `chunk_backward`.
     """
-    means = gaussian[0]
-    num_rows, num_higher = means.shape[0], 3 * gaussian[5].shape[1]
-    scratch = backward_scratch(means)
-    batches = (np.empty(ROWS_PER_CHUNK, np.int64), np.empty(LANES, np.int64), np.empty(LANES, np.int64))
-    widths = np.array([3, 4, 3, 1, 3, num_higher, 1])
-    gradients = chunk_gradients(means, num_higher)
-    stop = (task + 1) * num_rows // num_tasks
-    for first in range(task * num_rows // num_tasks, stop, ROWS_PER_CHUNK):
+    real, num_rows = gaussian[0].dtype, d_masks.size
+    scratch, space = backward_scratch(real), chunk_space(real, flags[3])
+    widths = np.array([3, 4, 3, 1, 3, flags[3]])
+    start, stop = task * num_rows // num_tasks, (task + 1) * num_rows // num_tasks
+    update_span(
+        start, stop, gaussian, exp_avg, exp_avg_sq, factors, cameras, limits, flags, slots, rows, d_rows,
+        norm_sum, view_count, d_masks, scratch, space, widths,
+    )  # fmt: skip
+
+
+@device
+def update_span(
+    start, stop, gaussian, exp_avg, exp_avg_sq, factors, cameras, limits, flags, slots, rows, d_rows,
+    norm_sum, view_count, d_masks, scratch, space, widths,
+):  # fmt: skip
+    """`update_rows` for the rows from `start` to `stop`, with arrays to work in."""
+    for first in range(start, stop, ROWS_PER_CHUNK):
         count = min(ROWS_PER_CHUNK, stop - first)
-        chunk_backward(
-            first, count, first, gaussian, flat[5], cameras, limits, flags, slots, d_rows, scratch, batches, gradients
-        )
+        chunk_backward(first, count, gaussian, cameras, limits, flags, slots, rows, d_rows, scratch, space)
         for k in range(count):
-            d_masks[first + k] = gradients[6][k] * factors[0, 5]
-            add_statistics(first + k, slots, d_rows, sizes, norm_sum, view_count)
+            d_masks[first + k] = space[0][MASKS][k] * factors[0, 5]
+        add_statistics(first, count, slots, space[0][NORMS], norm_sum, view_count)
         for q in range(NUM_ATTRIBUTES):
             at, size = first * widths[q], count * widths[q]
-            adam_span(flat[q], gradients[q], exp_avg[q], exp_avg_sq[q], at, 0, size, factors[q])
-        clear_rows(first, count, slots, widths, gradients)
+            adam_span(gaussian[q], space[0][q], exp_avg[q], exp_avg_sq[q], at, 0, size, factors[q])
 
 
 @device
-def chunk_gradients(means, num_higher):
-    """Zero gradients of a chunk: flat arrays of means, quats, scales, opacities, sh0, shN, masks."""
-    return (
-        np.zeros(ROWS_PER_CHUNK * 3, means.dtype),
-        np.zeros(ROWS_PER_CHUNK * 4, means.dtype),
-        np.zeros(ROWS_PER_CHUNK * 3, means.dtype),
-        np.zeros(ROWS_PER_CHUNK, means.dtype),
-        np.zeros(ROWS_PER_CHUNK * 3, means.dtype),
-        np.zeros(ROWS_PER_CHUNK * num_higher, means.dtype),
-        np.zeros(ROWS_PER_CHUNK, means.dtype),
-    )
-
-
-@device
-def clear_rows(first, count, slots, widths, gradients):
-    """Zero the rows that have a splat in some view; the others are zero already."""
-    for k in range(count):
-        is_used = False
-        for view in range(slots.shape[0]):
-            is_used = is_used or slots[view, first + k] >= 0
-        if is_used:
-            for q in range(NUM_ATTRIBUTES + 1):
-                clear(gradients[q], k * widths[q], (k + 1) * widths[q])
-
-
-@device
-def clear(values, start, stop):
-    """Zero a range of an array."""
-    for c in range(start, stop):
-        values[c] = 0
-
-
-@device
-def add_statistics(i, slots, d_rows, sizes, norm_sum, view_count):
+def add_statistics(first, count, slots, norms, norm_sum, view_count):
     """3DGS's densify statistics: norm of the NDC-scaled gradient of the 2D mean, and the number of views."""
-    half = norm_sum.dtype.type(0.5)
+    one, zero = norm_sum.dtype.type(1), norm_sum.dtype.type(0)
+    for k in range(count):
+        norm_sum[first + k] += norms[k]
     for view in range(slots.shape[0]):
-        slot = slots[view, i]
-        if slot == SLOT_UNSEEN:
-            continue
-        view_count[i] += norm_sum.dtype.type(1)
-        if slot >= 0:
-            x = d_rows[slot, 0] * half * norm_sum.dtype.type(sizes[view, 0])
-            y = d_rows[slot, 1] * half * norm_sum.dtype.type(sizes[view, 1])
-            norm_sum[i] += math.sqrt(x * x + y * y)
+        for i in range(first, first + count):
+            view_count[i] += zero if slots[view, i] == SLOT_UNSEEN else one

@@ -27,6 +27,7 @@ from masksplat.types import (
     Frame,
     GaussianGradients,
     Gaussians,
+    ImageGradient,
     Optimizer,
     PhotometricLoss,
     ProjectionSettings,
@@ -171,6 +172,10 @@ class CudaBody:
         self.rasterizer.rasterize_backward(
             splats, frame, d_rgb, d_rows, d_transmittance=d_transmittance, overwrite=overwrite
         )
+
+    def absolute_gradients(self, splats: Splats, frame: Frame, gradient: ImageGradient) -> Tensor:
+        """See `Body.absolute_gradients`; rows that are not in use get zeros."""
+        return self.rasterizer.absolute_gradients(splats, frame, gradient)
 
     def photometric(
         self,

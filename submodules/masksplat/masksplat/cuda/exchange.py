@@ -64,6 +64,11 @@ class TableShape(NamedTuple):
         regions = REGION_WORDS * self.num_views * self.most_regions
         return regions, 2 * self.num_views, 2 * own, len(self.num_regions) + 1, num_blocks
 
+    @property
+    def num_words(self) -> int:
+        """All of them."""
+        return sum(self.lengths)
+
 
 @dataclass(frozen=True)
 class HostTables:
@@ -91,6 +96,14 @@ class HostTables:
         packed[: regions.size] = regions.reshape(-1)
         packed[regions.size : len(packed) - shape.lengths[-1]] = views + flat + [0, *accumulate(num_regions)]
         return cls(shape, packed)
+
+
+def most_table_words(num_views: int, num_ranks: int) -> int:
+    """The most that `HostTables.packed` holds for B views and W > 1 ranks: W - 1 cuts make as many more regions."""
+    if num_ranks == 1:
+        return 0
+    most_regions = num_views + num_ranks
+    return TableShape(num_views, num_ranks, 0, (most_regions,) + (0,) * (num_ranks - 1), 0, True).num_words
 
 
 @dataclass(frozen=True)

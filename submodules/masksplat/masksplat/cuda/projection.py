@@ -38,6 +38,9 @@ PROJECT_BLOCK, BACKWARD_BLOCK, ADAM_BLOCK = 128, 64, 256
 PROJECT_BLOCKS, MOST_ROUNDS = 8192, 8
 """Beyond so many blocks each takes up to so many times PROJECT_BLOCK Gaussians, one after the other."""
 
+ADAM_FACTORS = 7
+"""Floats of `AdamFactors` in adam.cuh."""
+
 SMALL = 14
 """Floats of a Gaussian without shN."""
 
@@ -156,10 +159,12 @@ def project_backward_update(
     update = optimizer.steps[5].update
     if gaussians.lazy is not None:
         gaussians.lazy.begin(update)
-    factors = np.array([(*adam_factors(step), gradient_scale, step.drift) for step in optimizer.steps], np.float32)
+    factors = optimizer.factors
+    if factors is None:
+        factors = upload(launcher, adam_table(optimizer.steps, gradient_scale))
     launcher(
         f"project_backward.update_{KERNEL_SUFFIXES[settings.sh_degree]}", *_backward_extents(gaussians),
-        *table, *optimizer.exp_avg, *optimizer.exp_avg_sq, upload(launcher, factors),
+        *table, *optimizer.exp_avg, *optimizer.exp_avg_sq, factors,
         *_backward_inputs(launcher, gaussians, views, settings, splats, d_rows),
         statistics.grad_norm_sum, statistics.view_count, d_masks, status, *lazy_adam.of_update(gaussians.lazy, update),
         shared_bytes=_backward_shared_bytes(gaussians, views),
@@ -196,6 +201,11 @@ def adam_factors(step: AdamStep) -> tuple[float, float, float, float, float]:
     """Return (beta1, beta2, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), eps), as `AdamFactors` in adam.cuh."""
     rate = step.learning_rate / (1.0 - step.beta1**step.update)
     return step.beta1, step.beta2, rate, (1.0 - step.beta2**step.update) ** -0.5, step.eps
+
+
+def adam_table(steps: Sequence[AdamStep], gradient_scale: float) -> np.ndarray:
+    """What the update kernel reads of the steps: (6, ADAM_FACTORS) float32, as `AdamFactors` in adam.cuh."""
+    return np.array([(*adam_factors(step), gradient_scale, step.drift) for step in steps], np.float32)
 
 
 def _project_blocks(num_gaussians: int) -> int:

@@ -24,7 +24,7 @@ from masksplat.cuda.tile_lists import (
     region_of,
     view_rows,
 )
-from masksplat.types import NUM_ROW_COLUMNS, Frame, Splats
+from masksplat.types import NUM_ROW_COLUMNS, Frame, ImageGradient, Splats
 
 BACKWARD_WARPS = 4
 FINISH_SPLATS, FINISH_THREADS = 96, 256
@@ -104,6 +104,35 @@ class Rasterizer:
             packed.rows, kept.first_instances, zeros.totals, sums, int(overwrite),
             d_rows if len(d_rows) == packed.most else d_rows[first:last],
         )  # fmt: skip
+
+    def absolute_gradients(self, splats: Splats, frame: Frame, gradient: ImageGradient) -> Tensor:
+        """See `Body.absolute_gradients`; rows that are not in use get zeros.
+
+        Raises:
+            ValueError: for tensors that are not float32, or not of the frame's size.
+        """
+        check_float32(**gradient._asdict())
+        lists: TileLists = frame.state
+        packed, region, device = lists.view, lists.region, self.launcher.device
+        num_channels = gradient.colours.shape[1]
+        expected = ((packed.most, num_channels), (*frame.transmittance.shape, num_channels), frame.transmittance.shape)
+        if tuple(tuple(tensor.shape) for tensor in gradient) != tuple(tuple(shape) for shape in expected):
+            raise ValueError(f"the gradient has shapes {[list(each.shape) for each in gradient]}; expected {expected}.")
+        total = torch.zeros((packed.most, 2), dtype=torch.float32, device=device)
+        if region.num_tiles == 0 or packed.most == 0:
+            return total
+        kept, zeros = lists.kept, lists.zeros
+        sums = torch.empty((lists.num_instances, 2), dtype=torch.float32, device=device)
+        colours, d_image, behind = (tensor.contiguous() for tensor in gradient)
+        self.launcher(
+            "absolute.sum_tiles", region.num_tiles, THREADS, packed.rows, colours, num_channels, zeros.ranges,
+            kept.rows, kept.instances, *region.arguments, region.width, d_image, behind, sums,
+        )  # fmt: skip
+        self.launcher(
+            "absolute.sum_splats", blocks_of(packed.most), THREADS, kept.first_instances, zeros.totals, packed.most,
+            sums, total,
+        )  # fmt: skip
+        return total
 
     def blend_scores(
         self, splats: Splats, view: int, size: tuple[int, int], *, rows: tuple[int, int] | None = None

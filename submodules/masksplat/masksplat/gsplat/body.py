@@ -24,6 +24,7 @@ from masksplat.types import (
     Frame,
     GaussianGradients,
     Gaussians,
+    ImageGradient,
     Optimizer,
     PhotometricLoss,
     ProjectionSettings,
@@ -183,6 +184,12 @@ class GsplatBody:
         (d_leaf,) = torch.autograd.grad(outputs, state.rows, gradients, retain_graph=True)
         part = slice(*splats.view_range(frame.view))
         d_rows[part] = d_leaf if overwrite else d_rows[part] + d_leaf
+
+    def absolute_gradients(self, splats: Splats, frame: Frame, gradient: ImageGradient) -> Tensor:
+        """See `Body.absolute_gradients`; masksplat's. Raises: ValueError for frames that gsplat drew."""
+        if not self.masked:
+            raise ValueError("the gsplat body gives absolute gradients of its masked frames only; make it masked=True")
+        return self.own.absolute_gradients(splats, frame, gradient)
 
     def photometric(
         self,

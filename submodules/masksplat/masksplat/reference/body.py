@@ -15,6 +15,7 @@ from torch import Tensor
 from masksplat.lazy import LazyRows
 from masksplat.reference import adam as adam_module
 from masksplat.reference import photometric as photometric_module
+from masksplat.reference.absolute import absolute_gradients
 from masksplat.reference.compositing import (
     PIXELS,
     Region,
@@ -36,6 +37,7 @@ from masksplat.types import (
     Frame,
     GaussianGradients,
     Gaussians,
+    ImageGradient,
     Optimizer,
     PhotometricLoss,
     ProjectionSettings,
@@ -174,6 +176,12 @@ class ReferenceBody:
             gradient = _batch_gradient(padded, batch, region, background.detach(), d_tiles[batch.tiles])
             total.index_add_(0, batch.splats.flatten(), gradient.flatten(0, 1))
         d_rows[first:last] = total[:-1] if overwrite else d_rows[first:last] + total[:-1]
+
+    def absolute_gradients(self, splats: Splats, frame: Frame, gradient: ImageGradient) -> Tensor:
+        """See `Body.absolute_gradients`."""
+        lists, _ = frame.state
+        region = Region(gradient.d_image.shape[1], *frame.rows)
+        return absolute_gradients(splats.rows[slice(*splats.view_range(frame.view))].detach(), lists, region, gradient)
 
     def photometric(
         self,

@@ -152,18 +152,27 @@ def tile_batches(lists: TileLists, padding: int) -> Iterator[TileBatch]:
         start = stop
 
 
-def _masked_alphas(rows: Tensor, left: Tensor, top: Tensor) -> Tensor:
-    """(G, P, L) m alpha of packed rows (G, L, 10) at the pixel centres of tiles with corners `left`, `top` (G,)."""
-    x, y, a, b, c, opacity = rows[..., :6].unbind(-1)
+def pixel_offsets(rows: Tensor, left: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets dx, dy (G, 16, L) from means of packed rows (G, L, 10) to columns and rows of tiles at `left`, `top`."""
     step = torch.arange(TILE, dtype=rows.dtype, device=rows.device) + 0.5
-    dx = (left[:, None] + step)[:, :, None] - x[:, None, :]  # (G, 16, L)
-    dy = (top[:, None] + step)[:, :, None] - y[:, None, :]
+    dx = (left[:, None] + step)[:, :, None] - rows[:, None, :, 0]
+    return dx, (top[:, None] + step)[:, :, None] - rows[:, None, :, 1]
+
+
+def uncapped_alphas(rows: Tensor, left: Tensor, top: Tensor) -> Tensor:
+    """(G, 16, 16, L) opacity exp(power) of packed rows (G, L, 10) at the pixel centres of tiles at `left`, `top`."""
+    a, b, c, opacity = rows[..., 2:6].unbind(-1)
+    dx, dy = pixel_offsets(rows, left, top)
     of_column = torch.log(opacity)[:, None, :] - 0.5 * a[:, None, :] * dx * dx
     of_row = -0.5 * c[:, None, :] * dy * dy
     power = torch.addcmul(of_row[:, :, None], (b[:, None, :] * dx)[:, None], dy[:, :, None], value=-1.0)
-    alpha = torch.exp(power + of_column[:, None]).clamp(max=ALPHA_MAX)
-    alpha = torch.where(alpha >= ALPHA_MIN, alpha, 0.0)
-    return (alpha * rows[:, None, None, :, 9]).flatten(1, 2)
+    return torch.exp(power + of_column[:, None])
+
+
+def masked_alphas(uncapped: Tensor, masks: Tensor) -> Tensor:
+    """(G, P, L) m alpha of `uncapped_alphas` and masks (G, L)."""
+    alpha = uncapped.clamp(max=ALPHA_MAX)
+    return (torch.where(alpha >= ALPHA_MIN, alpha, 0.0) * masks[:, None, None]).flatten(1, 2)
 
 
 def chunk_weights(
@@ -180,7 +189,7 @@ def chunk_weights(
     Returns:
         weights (G, P, L), through and light after the chunk.
     """
-    masked = _masked_alphas(rows, left, top)
+    masked = masked_alphas(uncapped_alphas(rows, left, top), rows[..., 9])
     product = torch.cumprod(1.0 - masked, dim=-1) * through[..., None]
     before, after = product[..., :-1], product[..., 1:]
     composited = after >= TRANSMITTANCE_MIN  # a prefix of the list, because the product never grows
@@ -202,6 +211,12 @@ def listed_rows(rows: Tensor, batch: TileBatch) -> Tensor:
     return rows.index_select(0, batch.splats.flatten()).unflatten(0, batch.splats.shape)
 
 
+def tile_corners(batch: TileBatch, region: Region, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Left and top pixel (G,) of a batch's tiles."""
+    left = (batch.tiles % region.columns * TILE).to(dtype)
+    return left, (batch.tiles // region.columns * TILE + region.first).to(dtype)
+
+
 def iterate_chunks(
     listed: Tensor, nothing: Tensor, batch: TileBatch, region: Region
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -209,8 +224,7 @@ def iterate_chunks(
 
     `listed` (G, L, 10) as from `listed_rows`, `nothing` (10,) the padding row.
     """
-    left = (batch.tiles % region.columns * TILE).to(listed.dtype)
-    top = (batch.tiles // region.columns * TILE + region.first).to(listed.dtype)
+    left, top = tile_corners(batch, region, listed.dtype)
     light = through = listed.new_ones(len(listed), PIXELS)
     leading = nothing.expand(len(listed), 1, -1)
     for start in range(0, listed.shape[1], CHUNK):

@@ -52,7 +52,7 @@ __device__ __forceinline__ Vector load_vector(const float* __restrict__ values, 
     return {from[0], from[1], from[2]};
 }
 
-// World point to camera coordinates.
+// World point to camera coordinates, to the rounding of the sums.
 __device__ __forceinline__ Vector camera_point(const Camera& camera, Vector mean) {
     const float* w = camera.turn;
     return {w[0] * mean.x + w[1] * mean.y + w[2] * mean.z + camera.shift[0],
@@ -60,7 +60,7 @@ __device__ __forceinline__ Vector camera_point(const Camera& camera, Vector mean
             w[6] * mean.x + w[7] * mean.y + w[8] * mean.z + camera.shift[2]};
 }
 
-// A sum in two parts, good to twice the digits of float.
+// A number in two parts, good to twice the digits of float.
 struct Twofold {
     float high, low;
 };
@@ -72,14 +72,28 @@ __device__ __forceinline__ Twofold add_product(Twofold sum, float a, float b) {
     return {high, __fadd_rn(sum.low, __fadd_rn(__fmaf_rn(a, b, -product), rest))};
 }
 
-// Depth of a world point, correctly rounded but for rare cases: splats are ordered by it, and two that nearly touch
-// should not change places for the rounding of a sum.
-__device__ __forceinline__ float camera_depth(const Camera& camera, Vector mean) {
-    const float* w = camera.turn;
-    Twofold sum = {camera.shift[2], 0.0f};
-    sum = add_product(sum, w[6], mean.x);
-    sum = add_product(sum, w[7], mean.y);
-    sum = add_product(sum, w[8], mean.z);
+// Coordinate `axis` of a world point by the camera. The high part is the exact one correctly rounded but for rare cases:
+// splats are ordered by depth, and two that nearly touch should not change places for the rounding of a sum.
+__device__ __forceinline__ Twofold camera_coordinate(const Camera& camera, int axis, Vector mean) {
+    const float* w = camera.turn + 3 * axis;
+    Twofold sum = {camera.shift[axis], 0.0f};
+    sum = add_product(sum, w[0], mean.x);
+    sum = add_product(sum, w[1], mean.y);
+    sum = add_product(sum, w[2], mean.z);
+    const float high = __fadd_rn(sum.high, sum.low);
+    return {high, __fsub_rn(sum.low, __fsub_rn(high, sum.high))};
+}
+
+// x / z, where `inverse` is 1 / z.high but for its rounding: the low part is what the high part leaves of x.
+__device__ __forceinline__ Twofold quotient(Twofold x, Twofold z, float inverse) {
+    const float high = __fmul_rn(x.high, inverse), rest = __fadd_rn(__fmaf_rn(-high, z.high, x.high), x.low);
+    return {high, __fmul_rn(__fmaf_rn(-high, z.low, rest), inverse)};
+}
+
+// Where a ratio x/z or y/z lies in the image, pixels, correctly rounded but for rare cases: a 2D mean that is off by more
+// puts pairs on the other side of alpha's thresholds.
+__device__ __forceinline__ float pixel_coordinate(Twofold ratio, float focal, float centre) {
+    const Twofold sum = add_product({centre, __fmul_rn(focal, ratio.low)}, focal, ratio.high);
     return __fadd_rn(sum.high, sum.low);
 }
 
@@ -102,9 +116,10 @@ __device__ __forceinline__ Vector rotation_z(const Quaternion& q) {
     return {2.0f * (q.x * q.z + q.w * q.y), 2.0f * (q.y * q.z - q.w * q.x), 1.0f - 2.0f * (q.x * q.x + q.y * q.y)};
 }
 
-__device__ __forceinline__ Jacobian jacobian(const Camera& camera, Vector point, float inverse_z) {
-    const float u = fminf(fmaxf(point.x * inverse_z, camera.x_low), camera.x_high);
-    const float v = fminf(fmaxf(point.y * inverse_z, camera.y_low), camera.y_high);
+// From x/z, y/z and 1/z.
+__device__ __forceinline__ Jacobian jacobian(const Camera& camera, float ratio_x, float ratio_y, float inverse_z) {
+    const float u = fminf(fmaxf(ratio_x, camera.x_low), camera.x_high);
+    const float v = fminf(fmaxf(ratio_y, camera.y_low), camera.y_high);
     const float fx = camera.fx * inverse_z, fy = camera.fy * inverse_z;
     return {fx, -fx * u, fy, -fy * v};
 }

@@ -42,20 +42,25 @@ struct Splat {
     int4 box;
 };
 
-// A Gaussian in a view, as its mean alone tells.
+// A Gaussian in a view, as its mean alone tells: x/z, y/z and z by the camera, and the 2D mean in pixels.
 struct Approach {
-    Vector mean, point;                    // in the world and by the camera
-    float inverse_z, mean_x, mean_y;
+    Vector mean;                           // in the world
+    float ratio_x, ratio_y, inverse_z, depth, mean_x, mean_y;
 };
 
 // Where a Gaussian is; false when that is not between the planes.
 __device__ __forceinline__ bool approach(Vector mean, const Camera& camera, const Limits& limits, Approach& seen) {
+    const Twofold z = camera_coordinate(camera, 2, mean);
     seen.mean = mean;
-    seen.point = camera_point(camera, mean);
-    seen.inverse_z = reciprocal(seen.point.z);
-    seen.mean_x = camera.fx * seen.point.x * seen.inverse_z + camera.cx;
-    seen.mean_y = camera.fy * seen.point.y * seen.inverse_z + camera.cy;
-    return seen.point.z > limits.near_plane && seen.point.z < limits.far_plane;
+    seen.depth = z.high;
+    seen.inverse_z = reciprocal(z.high);
+    const Twofold ratio_x = quotient(camera_coordinate(camera, 0, mean), z, seen.inverse_z);
+    const Twofold ratio_y = quotient(camera_coordinate(camera, 1, mean), z, seen.inverse_z);
+    seen.ratio_x = ratio_x.high;
+    seen.ratio_y = ratio_y.high;
+    seen.mean_x = pixel_coordinate(ratio_x, camera.fx, camera.cx);
+    seen.mean_y = pixel_coordinate(ratio_y, camera.fy, camera.cy);
+    return seen.depth > limits.near_plane && seen.depth < limits.far_plane;
 }
 
 // Loads that the compiler leaves where they stand: it would put some behind the first use of others, and wait twice.
@@ -151,8 +156,8 @@ __device__ __forceinline__ int project_one(const Shape& shape, const Camera& cam
                                            const Approach& seen, Splat& splat) {
     splat.mean_x = seen.mean_x;
     splat.mean_y = seen.mean_y;
-    splat.depth = camera_depth(camera, seen.mean);
-    const Half m = image_turn(camera, jacobian(camera, seen.point, seen.inverse_z));
+    splat.depth = seen.depth;
+    const Half m = image_turn(camera, jacobian(camera, seen.ratio_x, seen.ratio_y, seen.inverse_z));
     const Half half =
         half_projection(m, unit_quaternion(shape.quaternion), activated_scale(shape.scale, limits.is_final));
     const Covariance cov = covariance(half, limits.eps2d);

@@ -161,7 +161,7 @@ __device__ __forceinline__ void geometry_backward(const Camera& camera, const Se
                                                   const RowGradient& row, Gradients& sums) {
     const Vector point = camera_point(camera, mean);
     const float inverse_z = 1.0f / point.z;
-    const Jacobian j = jacobian(camera, point, inverse_z);
+    const Jacobian j = jacobian(camera, point.x * inverse_z, point.y * inverse_z, inverse_z);
     const Half m = image_turn(camera, j);
     const Quaternion q = unit_quaternion(quat);
     const Vector scale = activated_scale(log_scale, settings.is_final);
