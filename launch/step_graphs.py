@@ -224,6 +224,7 @@ class StepGraphs:
                     for mine in partition.regions
                 ),
                 partition.most_regions_of_a_view,
+                self._body.capacity.windows,
             )
         return sizes, training.sh_degree(window), has_masks, regions
 

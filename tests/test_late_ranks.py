@@ -115,10 +115,10 @@ def trained(world: Communicator, source: Path, target: Path, setting: Setting) -
         train.train(training, folder, start)
     assert not waiting and not narrow and not bool(training.body.capacity.status[:3].any())
     assert (training.body.capacity.windows is not None) == setting.same_machine
+    assert maker is None or sum(graph.num_replays for graph in maker.graphs) > len(maker.graphs) >= 2
     if setting.same_machine:
         needed = training.body.capacity.status[3:6].tolist()
         assert all(0 < need <= 0.8 * have for need, have in zip(needed, training.body.capacity.windows, strict=True))
-    assert maker is None or sum(graph.num_replays for graph in maker.graphs) > len(maker.graphs) >= 2
     if not world.is_main:
         return Outcome(hashes(training), returns, [], [])
     return Outcome(hashes(training), returns, history_of(folder), exchanges_of(folder))
@@ -220,7 +220,7 @@ def check_recorded(queued: list[Outcome], recorded: list[Outcome]) -> None:
 
 def test_recorded_steps_of_ranks_leave_the_same_bits(generated_scene: Path, tmp_path: Path) -> None:
     """Without masks, which have another body on the CPU."""
-    for source in (*SOURCES, "rasterize_backward", "exchange"):
+    for source in (*SOURCES, "rasterize_backward", "exchange", "rank_numbers"):
         make_launcher(EMULATED).kernels(source)
     plain = Setting("3dgs")
     queued = run_ranks(trained, 2, generated_scene, tmp_path / "queued", plain)
