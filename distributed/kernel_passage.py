@@ -63,8 +63,11 @@ class RoomForRows(Protocol):
     def windows_for(self, num_gaussians: int, num_regions: int, num_ranks: int) -> Windows:
         """The room of this exchange, equal on all ranks."""
 
-    def provide(self, needed: Sequence[int]) -> None:
-        """Make room where `needed` (`StepNumbers.needed`) nearly fills it. At the same step on all ranks."""
+    def provide(self, needed: Sequence[int]) -> bool:
+        """Make room where `needed` (`StepNumbers.needed`) nearly fills it, at the same step on all ranks.
+
+        Returns: whether windows are larger now than in the steps before.
+        """
 
 
 @dataclass(frozen=True)

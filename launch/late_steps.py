@@ -81,8 +81,8 @@ class LateSteps:
             numbers = pending.totals.numbers(values)
             if numbers.has_overflow and self._watch is not None:
                 return self._go_back(pending.step, self._watch)
-            if self._room is not None:
-                self._room.provide(numbers.needed)
+            if self._room is not None and self._room.provide(numbers.needed) and self._training.graphs is not None:
+                self._training.graphs.forget()  # they have the smaller windows
             self._finish(pending, numbers, others)
             self._free.append(pending.fetched)
         return None

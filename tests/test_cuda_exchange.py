@@ -170,8 +170,8 @@ class FixedRoom:
     def windows_for(self, *_: int) -> Windows:
         return self.windows
 
-    def provide(self, _: object) -> None:
-        pass
+    def provide(self, _: object) -> bool:
+        return False
 
 
 def needs(plan: ExchangePlan) -> Windows:
@@ -319,7 +319,7 @@ def test_windows_grow_where_more_was_needed() -> None:
     capacity.status[0], capacity.status[3:6] = 1, torch.tensor([30_000, 64_000, 25_089], dtype=torch.int32)
     assert capacity.recover() and not capacity.recover()
     assert capacity.windows == Windows(45_056, 96_000, 37_888)
-    capacity.provide((36_044, 1, 30_311))
+    assert capacity.provide((36_044, 1, 30_311)) and not capacity.provide((36_044, 1, 30_311))
     assert capacity.windows == Windows(45_056, 96_000, 45_568)  # 0.8 of the last one was 30 310
     assert Capacity(torch.device("cpu")).windows_for(10, 4, 2) == Windows(1024, 10_240, 1024)
 

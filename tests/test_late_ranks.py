@@ -163,7 +163,7 @@ def check(smooth: list[Outcome], rough: list[Outcome], setting: Setting) -> None
 
 ROUGH = (
     Setting("mask", True, {0: (0, 13), 1: (6, 13, 19)}, windows=(8,)),
-    Setting("3dgs", True, {1: (13,)}, windows=(0, 6, 13, 19), snug=(18,)),
+    Setting("3dgs", True, {1: (13,)}, windows=(0, 6, 13, 19)),
     Setting("mask", False, {0: (0, 13), 1: (2, 5, 7, 13, 19)}),
 )
 """At the first step, amid quiet ones, before an edit, at a log line, at the last; on either rank, and on both."""
@@ -179,13 +179,17 @@ def test_ranks_go_back_together(generated_scene: Path, tmp_path: Path, setting: 
 
 
 def test_ranks_that_are_read_late_go_on_from_a_checkpoint(generated_scene: Path, tmp_path: Path) -> None:
-    """Law 6: the costs that wait six steps are in it. The size of windows is not, and changes nothing."""
+    """Law 6: the costs that wait six steps are in it. The size of windows is not, and changes nothing.
+
+    Regions that have no room to spare get some before it is needed: nobody goes back.
+    """
     straight = run_ranks(trained, 2, generated_scene, tmp_path / "straight", Setting(), seconds=SECONDS)
     first = Setting(flags=("--stop_after", "18"))
     run_ranks(trained, 2, generated_scene, tmp_path / "parts", first, seconds=SECONDS)
-    second = Setting(flags=("--auto_start_checkpoint",), windows=(9,))
+    second = Setting(flags=("--auto_start_checkpoint",), windows=(9,), snug=(17,))
     resumed = run_ranks(trained, 2, generated_scene, tmp_path / "parts", second, seconds=SECONDS)
-    assert (9, 10) in resumed[0].returns and (0, 1) not in resumed[0].returns
+    first_step, last_steps = resumed[0].returns[0][0], resumed[0].returns[-3:]
+    assert first_step == 9 and last_steps == [(step, step + 1) for step in (17, 18, 19)]
     assert [each.tables for each in resumed] == [each.tables for each in straight]
     assert resumed[0].history == straight[0].history
 
@@ -216,7 +220,7 @@ def check_recorded(queued: list[Outcome], recorded: list[Outcome]) -> None:
 
 def test_recorded_steps_of_ranks_leave_the_same_bits(generated_scene: Path, tmp_path: Path) -> None:
     """Without masks, which have another body on the CPU."""
-    for source in (*SOURCES, "rasterize_backward", "exchange"):
+    for source in (*SOURCES, "rasterize_backward", "exchange", "rank_numbers"):
         make_launcher(EMULATED).kernels(source)
     plain = Setting("3dgs")
     queued = run_ranks(trained, 2, generated_scene, tmp_path / "queued", plain)

@@ -104,13 +104,16 @@ class Capacity:
             self.windows = Windows.expected(num_gaussians, num_regions, num_ranks)
         return self.windows
 
-    def provide(self, needed: Sequence[int]) -> None:
+    def provide(self, needed: Sequence[int]) -> bool:
         """Give windows that are nearly full more room from the next exchange on; all ranks call it at the same step.
 
         Args: needed: the words of the status that say what was needed of the three of `Windows`.
+        Returns: whether there were such.
         """
-        if self.windows is not None:
-            self.windows = self.windows.grown(needed)
+        before = self.windows
+        if before is not None:
+            self.windows = before.grown(needed)
+        return self.windows != before
 
     def recover(self) -> bool:
         """Grow what was too small and clear the status; True when the work since the last call must be repeated.
