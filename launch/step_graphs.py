@@ -45,6 +45,12 @@ MOST_RECORDINGS = 8
 ROOM = 2.0
 """A step is recorded while so many times the memory that steps take is free: a recording has its own."""
 
+USUAL_WASTE = 2 << 30
+"""Bytes that torch may hold and not use, or as much as a training uses at its peak, but at most MOST_WASTE."""
+
+MOST_WASTE = 0.25
+"""Of the GPU's memory."""
+
 
 @dataclass(frozen=True, eq=False)
 class Computed:
@@ -70,6 +76,9 @@ class GraphMaker(Protocol):
     def record(self, work: Callable[[], Result]) -> tuple[Graph, Result]:
         """Let `work` queue its launches into a graph, where they are not carried out; what it returned, undefined."""
 
+    def tidy(self) -> None:
+        """Give memory of recordings back, if much is held that nobody uses. No recording is left when it is called."""
+
     def close(self) -> None:
         """Nothing more will be recorded."""
 
@@ -77,22 +86,36 @@ class GraphMaker(Protocol):
 class DeviceGraphMaker:
     """CUDA graphs of the current device by torch's stream capture; all of them share one pool of memory.
 
-    They may: on one stream, one after the other, and nobody keeps what is in a pool beyond the next replay.
+    They may: on one stream, one after the other, and nobody keeps what is in a pool beyond the next replay. A pool only
+    grows: what a recording of a smaller table had is too small for the next one. `tidy` begins a new pool.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
+        # What this process can have; asked for once, since it takes milliseconds.
+        self._budget = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        self._begin_pool()
+
+    def _begin_pool(self) -> None:
+        """Torch gives a pool up with the last graph in it; the first one stays until the next pool."""
         self._pool = torch.cuda.graph_pool_handle()
-        # torch gives a pool up with the last graph in it; this one stays.
-        self._anchor: tuple[Graph, Tensor] | None = self.record(lambda: torch.zeros(1, device=device))
+        self._anchor: tuple[Graph, Tensor] | None = self.record(lambda: torch.zeros(1, device=self._device))
 
     def has_room(self) -> bool:
         """See `GraphMaker`; the largest step so far is what a step takes."""
         device = self._device
         taken = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached > ROOM * taken
+        return self._budget - torch.cuda.memory_reserved(device) > ROOM * taken
+
+    def tidy(self) -> None:
+        """See `GraphMaker`. Waits for the device when there is something to give back."""
+        device, peak = self._device, torch.cuda.max_memory_allocated(self._device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if is_wasteful(unused, peak, self._budget):
+            self._anchor = None
+            torch.cuda.empty_cache()
+            self._begin_pool()
 
     def record(self, work: Callable[[], Result]) -> tuple[Graph, Result]:
         """See `GraphMaker`. Other threads may use the device meanwhile."""
@@ -112,6 +135,11 @@ class DeviceGraphMaker:
     def close(self) -> None:
         """See `GraphMaker`."""
         self._anchor = None
+
+
+def is_wasteful(unused: int, peak: int, budget: int) -> bool:
+    """Whether more bytes are held unused than a training with this peak should, of those that it can have."""
+    return unused > min(max(USUAL_WASTE, peak), int(MOST_WASTE * budget))
 
 
 def compute_now(training: Training, window: Window, batch: Batch, memory: StepNumbersAt | None = None) -> Computed:
@@ -214,6 +242,7 @@ class StepGraphs:
         if found != self._table:
             self._table = found
             self.forget()
+            self._maker.tidy()
         regions: Hashable = None
         sizes = training.sizes(step)
         if training.communicator.size > 1:

@@ -17,7 +17,7 @@ from torch import Tensor
 import train
 from gaussian_renderer.views import KERNEL_ATTRIBUTES, views_of
 from masksplat.ops import Body, get_body
-from masksplat.types import Gaussians, ProjectionSettings
+from masksplat.types import Gaussians, ProjectionSettings, Views
 from scene.dataset import Scene, SceneOptions, load_scene
 from scene.images import ImageStore
 from scene.ply import load_ply
@@ -62,10 +62,11 @@ def model(request: pytest.FixtureRequest, data_root: Path, tmp_path_factory: pyt
 
 
 def outcome(body: Body, model: Model, dtype: torch.dtype, number: int = 0) -> dict[str, Tensor]:
-    """Everything that a training step computes of one test view."""
+    """Everything that a training step computes of one test view, from the same float32 numbers, cameras included."""
     arrays = {name: values.to("cuda", dtype) for name, values in model.arrays.items()}
     gaussians, camera = Gaussians(**arrays), model.scene.test[number]
-    views = views_of([camera], gaussians.means)
+    given = views_of([camera], gaussians.means.float())
+    views = Views(given.viewmats.to(dtype), given.intrinsics.to(dtype), given.sizes)
     background = torch.zeros(3, dtype=dtype, device="cuda")
     splats = body.project(gaussians, views, SETTINGS, masks=model.masks.to("cuda", dtype))
     frame = body.rasterize(splats, 0, views.sizes[0], background)

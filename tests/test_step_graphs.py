@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import launch.step_graphs
 import launch.training
 import masksplat.cuda.devices
 import masksplat.masks
@@ -21,7 +22,7 @@ import strategies.mask
 from cuda_launchers import launchers, make_launcher
 from distributed.communicator import Communicator
 from launch.config import TrainConfig
-from launch.step_graphs import Computed, DeviceGraphMaker, Graph, GraphMaker, StepGraphs
+from launch.step_graphs import Computed, DeviceGraphMaker, Graph, GraphMaker, StepGraphs, is_wasteful
 from masksplat.cuda.body import CudaBody
 from masksplat.cuda.launcher import Launcher
 from masksplat.types import Counted
@@ -54,9 +55,13 @@ class CallingMaker:
 
     def __init__(self) -> None:
         self.graphs: list[CalledAgain] = []
+        self.num_tidied = 0
 
     def has_room(self) -> bool:
         return True
+
+    def tidy(self) -> None:
+        self.num_tidied += 1
 
     def close(self) -> None:
         pass
@@ -181,3 +186,31 @@ def test_a_random_background_is_not_recorded(
     record_with(monkeypatch, maker)
     trained(monkeypatch, launcher, generated_scene, tmp_path / "m", "--random_background")
     assert not maker.graphs
+
+
+def test_memory_of_former_recordings_is_bounded() -> None:
+    """Two gigabytes, or what the training itself uses at its peak, but never more than a quarter of the GPU."""
+    gib = 1 << 30
+    assert [is_wasteful(unused * gib, 1 * gib, 140 * gib) for unused in (1, 2, 3, 30)] == [False, False, True, True]
+    assert [is_wasteful(unused * gib, 8 * gib, 140 * gib) for unused in (3, 8, 9)] == [False, False, True]
+    assert [is_wasteful(unused * gib, 8 * gib, 24 * gib) for unused in (5, 6, 7)] == [False, False, True]
+
+
+@pytest.mark.gpu
+def test_a_new_pool_takes_the_place_of_a_wasteful_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    maker, count = DeviceGraphMaker(torch.device("cuda")), torch.zeros(1, device="cuda")
+    monkeypatch.setattr(launch.step_graphs, "is_wasteful", lambda unused, *_: unused > 1 << 26)
+    for size in range(1, 5):  # each needs memory that those before it cannot have left
+
+        def work(size: int = size) -> None:
+            count.add_(torch.ones(size << 24, device="cuda").max())
+
+        graph, _ = maker.record(work)
+        graph.replay()
+        graph.replay()
+        del graph
+        maker.tidy()
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        assert float(count) == 2 * size and unused <= 1 << 26
