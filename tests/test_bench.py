@@ -205,7 +205,8 @@ def test_host_time_of_every_part_of_a_step(generated_scene, capsys):
     assert host_time.main(arguments) == 0
     table = {line[:22].strip(): line[22:].split() for line in capsys.readouterr().out.splitlines()}
     rows = {name: numbers for name, numbers in table.items() if numbers and numbers[0] == "4"}
-    assert {"train_step", "masks, draw, update", "of it: launches", "masks: sample", "late numbers: start"} <= rows.keys()
+    parts = {"train_step", "masks, draw, update", "of it: launches", "masks: sample", "late numbers: start"}
+    assert parts <= rows.keys()
     assert all(float(numbers[-1]) <= float(rows["train_step"][-1]) + 0.01 for numbers in rows.values())
     from train import train_step
 
