@@ -232,13 +232,11 @@ class StepGraphs:
 
     def _kind(self, training: Training, step: int, window: Window, *, has_masks: bool) -> Hashable | None:
         """What must be equal for a recording to fit; None for steps that cannot be recorded. Ranks agree on it."""
-        table = training.table
-        stored = table.for_step(self._body)
-        if stored.lazy is not None or not self._body.defers or training.has_random_background:
+        table, lazy_from = training.table, self._body.lazy_from
+        is_lazy = table.lazy_bytes > 0 or (lazy_from is not None and len(table) >= lazy_from)
+        if is_lazy or not self._body.defers or training.has_random_background:
             return None
-        groups = (stored.params, stored.exp_avg, stored.exp_avg_sq, table.statistics)
-        addresses = tuple(tensor.data_ptr() for group in groups for tensor in group.values())
-        found = (len(table), table.ids.data_ptr(), addresses)
+        found = (len(table), table.addresses)
         if found != self._table:
             self._table = found
             self.forget()

@@ -192,6 +192,12 @@ class GaussianTable:
         rows = self._backlog.rows
         return rows.updates.element_size() if rows is not None else 0
 
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where all tensors lie; rows that are behind stay so. What was recorded on them fits while it is the same."""
+        groups = (*self._stored(), self.statistics)
+        return (self.ids.data_ptr(), *(values.data_ptr() for group in groups for values in group.values()))
+
     def rewind(self, count: int) -> None:
         """Forget the last `count` updates, which changed nothing because a buffer of the body had been too small."""
         self.num_updates -= count

@@ -19,6 +19,7 @@ import launch.training
 import masksplat.cuda.devices
 import masksplat.masks
 import strategies.mask
+import train
 from cuda_launchers import launchers, make_launcher
 from distributed.communicator import Communicator
 from launch.config import TrainConfig
@@ -26,7 +27,7 @@ from launch.step_graphs import Computed, DeviceGraphMaker, Graph, GraphMaker, St
 from masksplat.cuda.body import CudaBody
 from masksplat.cuda.launcher import Launcher
 from masksplat.types import Counted
-from test_late_steps import assert_same, built, trained
+from test_late_steps import NobodyIsDue, NobodyLooks, assert_same, built, trained
 
 
 @dataclass(eq=False)
@@ -214,3 +215,20 @@ def test_a_new_pool_takes_the_place_of_a_wasteful_one(monkeypatch: pytest.Monkey
         maker.tidy()
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         assert float(count) == 2 * size and unused <= 1 << 26
+
+
+def test_lazily_updated_rows_are_not_recorded(
+    monkeypatch: pytest.MonkeyPatch, launcher: Launcher, generated_scene: Path, tmp_path: Path
+) -> None:
+    """Which update a row is behind at is known to the host; where a table grows into it, too."""
+    record_with(monkeypatch, maker_for(launcher))
+    training = built(monkeypatch, launcher, generated_scene, tmp_path / "m")
+    training.body.defers = True
+    window, body = training.window(0), training.body
+    assert training.graphs._kind(training, 0, window, has_masks=True) is not None
+    body.lazy_from = len(training.table)
+    assert training.graphs._kind(training, 0, window, has_masks=True) is None
+    train.train_step(training, NobodyIsDue(), NobodyLooks(), 0)
+    body.lazy_from = None
+    assert training.table.lazy_bytes > 0  # of rows that are behind already
+    assert training.graphs._kind(training, 0, window, has_masks=True) is None
