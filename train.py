@@ -11,6 +11,7 @@ from launch.cli import parse_train
 from launch.config import TrainConfig, cfg_args_values, to_plain
 from launch.doctor import run_doctor
 from launch.late_steps import LateSteps
+from launch.machine import prefer_huge_pages
 from launch.memory import bytes_per_gaussian
 from launch.progress import TrainingProgress
 from launch.recorder import Recorder
@@ -31,6 +32,7 @@ from strategies.schedule import Window
 
 def main(arguments: Sequence[str]) -> int:
     """Train as the command line says; returns the exit status."""
+    prefer_huge_pages()
     config = parse_once(parse_train, arguments)
     if config.logging.doctor:
         return run_doctor(config)

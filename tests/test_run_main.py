@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -313,3 +314,32 @@ def test_memory_forecast_warns_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "all images would need 3.6 GB" in plenty.detail
     assert doctor.memory_finding(sizes, cache_gb=8.0).status == "ok"
     assert doctor.memory_finding([(4000, 3000)] * 110, cache_gb=8.0).status == "note"
+
+
+HUGE_PAGES = """
+import train, torch
+from launch.machine import prefer_huge_pages
+prefer_huge_pages({environment})
+table = torch.ones(1 << 24)
+lines = open("/proc/self/smaps_rollup").read().splitlines()
+print(next(line.split()[1] for line in lines if line.startswith("AnonHugePages")))
+"""
+
+
+def huge_page_kilobytes(environment: str) -> int:
+    """Of a process that imports train.py, asks for huge pages and makes a tensor of 64 MiB."""
+    code = HUGE_PAGES.format(environment=environment)
+    clean = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=clean)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists()
+    or "[madvise]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(),
+    reason="Linux does not give huge pages to those that ask for them",
+)
+def test_large_tensors_of_the_cpu_lie_in_huge_pages() -> None:
+    """Nothing that train.py imports may make a tensor: torch asks the environment once. A user's own setting stays."""
+    assert huge_page_kilobytes("") > 48_000
+    assert huge_page_kilobytes("{}") == 0  # another environment than the process's
