@@ -23,6 +23,7 @@ import train
 from cuda_launchers import launchers, make_launcher
 from distributed.communicator import Communicator
 from launch.config import TrainConfig
+from launch.late_steps import LateSteps
 from launch.step_graphs import Computed, DeviceGraphMaker, Graph, GraphMaker, StepGraphs, is_wasteful
 from masksplat.cuda.body import CudaBody
 from masksplat.cuda.launcher import Launcher
@@ -232,3 +233,16 @@ def test_lazily_updated_rows_are_not_recorded(
     body.lazy_from = None
     assert training.table.lazy_bytes > 0  # of rows that are behind already
     assert training.graphs._kind(training, 0, window, has_masks=True) is None
+
+
+def test_recordings_end_with_the_buffers_that_were_too_small(
+    monkeypatch: pytest.MonkeyPatch, launcher: Launcher, generated_scene: Path, tmp_path: Path
+) -> None:
+    """A replay would overflow again and again. The emulator's recordings look sizes up anew, so this asks directly."""
+    record_with(monkeypatch, maker_for(launcher))
+    training = built(monkeypatch, launcher, generated_scene, tmp_path / "m")
+    training.graphs._recordings["a kind"] = None
+    training.body.status[:3] = torch.tensor([1, 1 << 14, 1 << 14])
+    assert LateSteps(training, NobodyIsDue())._go_back(5, training.body) == 5
+    assert not training.graphs._recordings
+    assert training.body.capacity.instances > 1 << 14 and not bool(training.body.status.any())
