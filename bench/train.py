@@ -12,7 +12,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 def main(arguments: Sequence[str]) -> int:
     """Train, print one table and write JSON."""
     options = _parse(arguments)
-    rows = [ours(options, seed) for seed in options.seeds]
-    if options.peer:
-        rows.append(peer(options))
-    for row in rows:
-        print("  ".join(f"{name} {value}" for name, value in row.items()))
+    rows = []
+    for row in _trainings(options):
+        print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)  # the next one may take long
+        rows.append(row)
     masked = [row for row in rows if row["trainer"] == "mask-grendel"]
     for name in ("seconds", "psnr", "gaussians"):
         values = [float(row[name]) for row in masked]
@@ -38,6 +37,14 @@ def main(arguments: Sequence[str]) -> int:
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
+
+
+def _trainings(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row for each training, as soon as it has ended."""
+    for seed in options.seeds:
+        yield ours(options, seed)
+    if options.peer:
+        yield peer(options)
 
 
 def ours(options: argparse.Namespace, seed: int) -> dict[str, Any]:

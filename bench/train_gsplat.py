@@ -53,6 +53,7 @@ def train_with_gsplat(data: Path, iterations: int, seed: int) -> PeerResult:
     strategy = gsplat.DefaultStrategy(refine_stop_iter=min(15_000, iterations))
     state = strategy.initialize_state(scene_scale=scene.extent)
     sampler = ViewSampler(len(scene.train), 1, seed)
+    _render(gsplat, params, scene.train[0], 0)  # loads its kernels, or compiles them
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()
     start = time.perf_counter()

@@ -169,18 +169,20 @@ def test_bodies_agree(
     launcher: Launcher, size: tuple[int, int], rows: tuple[int, int], num_channels: int, is_opaque: bool
 ) -> None:
     """The cuda body is at most twice as far from the reference in float64 as the cpu body in float32; that one in
-    float64 is the reference."""
-    gaussians, views, masks = random_scene(300, size, seed=6, num_views=2, dtype=torch.float32)
-    if is_opaque:
-        gaussians = dataclasses.replace(gaussians, opacities=gaussians.opacities + 3, scales=gaussians.scales + 0.5)
-    single = CPU.project(gaussians, views, settings_for(), masks=masks)
-    double = moved(single, torch.float64)
-    exact = absolute(REFERENCE, double, size, rows, num_channels)
-    torch.testing.assert_close(absolute(CPU, double, size, rows, num_channels), exact, rtol=1e-9, atol=1e-11)
-    beside = absolute(CPU, single, size, rows, num_channels)
-    found = absolute(Rasterizer(launcher), moved(single, torch.float32, launcher.device), size, rows, num_channels)
-    assert_as_good(found, beside, exact, "absgrad")
-    assert rows[0] == rows[1] or bool((exact > 0).any())
+    float64 is the reference. How far one pixel is off is chance, in both bodies: it is measured in many scenes."""
+    exact, beside, found = [], [], []
+    for seed in range(6, 6 + (40 if size == (1, 1) else 1)):
+        gaussians, views, masks = random_scene(300, size, seed=seed, num_views=2, dtype=torch.float32)
+        if is_opaque:
+            gaussians = dataclasses.replace(gaussians, opacities=gaussians.opacities + 3, scales=gaussians.scales + 0.5)
+        single = CPU.project(gaussians, views, settings_for(), masks=masks)
+        double, there = moved(single, torch.float64), moved(single, torch.float32, launcher.device)
+        exact.append(absolute(REFERENCE, double, size, rows, num_channels))
+        torch.testing.assert_close(absolute(CPU, double, size, rows, num_channels), exact[-1], rtol=1e-9, atol=1e-11)
+        beside.append(absolute(CPU, single, size, rows, num_channels))
+        found.append(absolute(Rasterizer(launcher), there, size, rows, num_channels))
+    assert_as_good(torch.cat(found), torch.cat(beside), torch.cat(exact), "absgrad")
+    assert rows[0] == rows[1] or bool((torch.cat(exact) > 0).any())
 
 
 def test_wrong_shapes_and_types_are_refused(launcher: Launcher) -> None:

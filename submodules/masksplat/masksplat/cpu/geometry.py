@@ -111,11 +111,15 @@ def covariance_2d(half):
 
 
 @device
+def cross(a, b):
+    """The cross product of 3 vectors each."""
+    return a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
+
+
+@device
 def determinants(half, cov, eps2d):
     """(det(cov), det(cov + eps2d I)) without cancellation: the first is the squared area of the cross product."""
-    nx = half[1] * half[5] - half[2] * half[4]
-    ny = half[2] * half[3] - half[0] * half[5]
-    nz = half[0] * half[4] - half[1] * half[3]
+    nx, ny, nz = cross(half[:3], half[3:])
     det = nx * nx + ny * ny + nz * nz
     return det, det + eps2d * (cov[0] + cov[2]) + eps2d * eps2d
 

@@ -21,6 +21,7 @@ from masksplat.cpu.geometry import (
     activated_scale,
     camera_point,
     covariance_2d,
+    cross,
     determinants,
     half_projection,
     image_turn,
@@ -209,12 +210,11 @@ def geometry_backward(
     terms = jacobian_terms(camera, x, y, inverse_z)
     m = image_turn(terms, turn)
     half = half_projection(m, turned, scale)
-    d_cov = covariance_backward(conic, d_conic)
+    d_half = conic_backward(one, half, eps2d, conic, d_conic)
     if flags[2]:
         alpha = activated_opacity(gaussian[3], index, flags[1])
-        d_opacity, d_cov = antialias_backward(half, eps2d, alpha, d_opacity, d_cov)
+        d_opacity, d_half = antialias_backward(half, eps2d, alpha, d_opacity, d_half)
     store(small, OPACITY * LANES, d_opacity if flags[1] else d_opacity * alpha * (one - alpha))
-    d_half = half_backward(half, d_cov)
     d_turned = turned_backward(m, d_half)
     for k in range(3):
         d_scale = d_turned[k] * turned[k] + d_turned[3 + k] * turned[3 + k] + d_turned[6 + k] * turned[6 + k]
@@ -224,20 +224,33 @@ def geometry_backward(
 
 
 @device
-def covariance_backward(conic, d_conic):
-    """dL/d(xx, xy, yy): -K G K with K the conic and G the symmetric gradient, its three entries in d_conic."""
-    a, b, c = conic
-    zero = a - a
-    g0, g1, g2 = d_conic
-    r0, r1 = a * g0 + b * g1, a * g1 + b * g2
-    s0, s1 = b * g0 + c * g1, b * g1 + c * g2
-    xy = r0 * b + r1 * c
-    return zero - (r0 * a + r1 * b), zero - (xy + xy), zero - (s0 * b + s1 * c)
+def conic_backward(one, half, eps2d, conic, d_conic):
+    """dL/dhalf (6 vectors): -2 K G (K half) with K the conic and G the symmetric gradient, its entries in d_conic.
+
+    In this order: K G K loses the part along a long thin splat to the rounding of the part across it. K half is
+    adj(cov + eps2d I) half / det, and adj(half half^T) half has the rows b x n and n x a, with a, b the rows of half
+    and n = a x b: no cancellation.
+    """
+    a, b = half[:3], half[3:]
+    normal = cross(a, b)
+    inverse = one / determinants(half, covariance_2d(half), eps2d)[1]
+    top = combination(inverse, cross(b, normal), eps2d * inverse, a)
+    bottom = combination(inverse, cross(normal, a), eps2d * inverse, b)
+    zero = one - one
+    g0, g1, g2 = zero - (d_conic[0] + d_conic[0]), zero - (d_conic[1] + d_conic[1]), zero - (d_conic[2] + d_conic[2])
+    d_top, d_bottom = combination(g0, top, g1, bottom), combination(g1, top, g2, bottom)
+    return combination(conic[0], d_top, conic[1], d_bottom) + combination(conic[1], d_top, conic[2], d_bottom)
 
 
 @device
-def antialias_backward(half, eps2d, opacity, d_opacity, d_cov):
-    """(dL/dopacity, dL/dcov) through opacity * sqrt(det(cov) / det(cov + eps2d I)); 0 where the first vanishes."""
+def combination(s, a, t, b):
+    """The sum s a + t b of 3 vectors each."""
+    return s * a[0] + t * b[0], s * a[1] + t * b[1], s * a[2] + t * b[2]
+
+
+@device
+def antialias_backward(half, eps2d, opacity, d_opacity, d_half):
+    """(dL/dopacity, dL/dhalf) through opacity * sqrt(det(cov) / det(cov + eps2d I)); 0 where the first vanishes."""
     cov = covariance_2d(half)
     before, after = determinants(half, cov, eps2d)
     zero = before - before
@@ -246,21 +259,13 @@ def antialias_backward(half, eps2d, opacity, d_opacity, d_cov):
     half_before = select_gt(before, zero, shared / (before + before), zero)
     half_after = zero - shared / (after + after)
     both = half_before + half_after
-    d_xy = (both + both) * cov[1]
+    # Twice dL/dcov: cov = half half^T.
+    xx, yy = both * cov[2] + half_after * eps2d, both * cov[0] + half_after * eps2d
+    xx, xy, yy = xx + xx, zero - (both + both) * cov[1], yy + yy
+    d_top, d_bottom = combination(xx, half[:3], xy, half[3:]), combination(xy, half[:3], yy, half[3:])
     return d_opacity * factor, (
-        d_cov[0] + both * cov[2] + half_after * eps2d,
-        d_cov[1] - d_xy,
-        d_cov[2] + both * cov[0] + half_after * eps2d,
-    )
-
-
-@device
-def half_backward(half, d_cov):
-    """dL/dhalf (6 vectors) from cov = half half^T."""
-    two_xx, xy, two_yy = d_cov[0] + d_cov[0], d_cov[1], d_cov[2] + d_cov[2]
-    return (
-        two_xx * half[0] + xy * half[3], two_xx * half[1] + xy * half[4], two_xx * half[2] + xy * half[5],
-        xy * half[0] + two_yy * half[3], xy * half[1] + two_yy * half[4], xy * half[2] + two_yy * half[5],
+        d_half[0] + d_top[0], d_half[1] + d_top[1], d_half[2] + d_top[2],
+        d_half[3] + d_bottom[0], d_half[4] + d_bottom[1], d_half[5] + d_bottom[2],
     )  # fmt: skip
 
 

@@ -47,6 +47,10 @@ struct Jacobian {
 
 __device__ __forceinline__ float dot(Vector a, Vector b) { return a.x * b.x + a.y * b.y + a.z * b.z; }
 
+__device__ __forceinline__ Vector cross(Vector a, Vector b) {
+    return {a.y * b.z - a.z * b.y, a.z * b.x - a.x * b.z, a.x * b.y - a.y * b.x};
+}
+
 __device__ __forceinline__ Vector load_vector(const float* __restrict__ values, int row) {
     const float* from = values + 3ll * row;
     return {from[0], from[1], from[2]};
@@ -141,8 +145,8 @@ __device__ __forceinline__ Half half_projection(const Half& m, const Quaternion&
 __device__ __forceinline__ Covariance covariance(const Half& half, float eps2d) {
     const Vector a = half.top, b = half.bottom;
     const float xx = dot(a, a), xy = dot(a, b), yy = dot(b, b);
-    const float nx = a.y * b.z - a.z * b.y, ny = a.z * b.x - a.x * b.z, nz = a.x * b.y - a.y * b.x;
-    const float before = nx * nx + ny * ny + nz * nz;
+    const Vector normal = cross(a, b);
+    const float before = dot(normal, normal);
     return {xx, xy, yy, before, before + eps2d * (xx + yy) + eps2d * eps2d};
 }
 

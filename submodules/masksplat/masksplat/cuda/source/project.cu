@@ -183,7 +183,10 @@ __device__ __forceinline__ Vector colour_of(const Camera& camera, Vector mean, V
         float inverse;
         const Basis<DEGREE> basis = basis_at<DEGREE>(view_direction(camera, mean, inverse));
         const Vector sum = harmonics_sum<DEGREE>(basis, sh0, coefficients);
-        return {fmaxf(sum.x + 0.5f, 0.0f), fmaxf(sum.y + 0.5f, 0.0f), fmaxf(sum.z + 0.5f, 0.0f)};
+        // Added by itself: contracted with the only product of degree 0, it would round otherwise than higher degrees
+        // whose coefficients are 0.
+        return {fmaxf(__fadd_rn(sum.x, 0.5f), 0.0f), fmaxf(__fadd_rn(sum.y, 0.5f), 0.0f),
+                fmaxf(__fadd_rn(sum.z, 0.5f), 0.0f)};
     }
 }
 

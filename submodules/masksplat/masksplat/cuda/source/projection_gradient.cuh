@@ -83,26 +83,39 @@ __device__ __forceinline__ void colour_backward(const Camera& camera, Vector mea
     }
 }
 
-// dL/d(xx, xy, yy) from dL/dconic: -K G K with K the conic and G the symmetric gradient.
-__device__ __forceinline__ Vector covariance_backward(const Covariance& cov, float eps2d, const RowGradient& row) {
-    const float inverse = 1.0f / cov.det;
-    const float a = (cov.yy + eps2d) * inverse, b = -cov.xy * inverse, c = (cov.xx + eps2d) * inverse;
-    const float g0 = row.conic_a, g1 = 0.5f * row.conic_b, g2 = row.conic_c;
-    const float r0 = a * g0 + b * g1, r1 = a * g1 + b * g2;
-    const float s0 = b * g0 + c * g1, s1 = b * g1 + c * g2;
-    return {-(r0 * a + r1 * b), -2.0f * (r0 * b + r1 * c), -(s0 * b + s1 * c)};
+__device__ __forceinline__ Vector combination(float s, Vector a, float t, Vector b) {
+    return {s * a.x + t * b.x, s * a.y + t * b.y, s * a.z + t * b.z};
 }
 
-// Through opacity * sqrt(det(cov) / det(cov + eps2d I)): adds to dL/dcov, returns dL/dopacity. 0 where the first
+// dL/dhalf from dL/dconic: -2 K G (K half) with K the conic and G the symmetric gradient. In this order: K G K loses the
+// part along a long thin splat to the rounding of the part across it. K half = adj(cov + eps2d I) half / det, and
+// adj(half half^T) half has the rows b x n and n x a, with a, b the rows of half and n = a x b: no cancellation.
+__device__ __forceinline__ Half conic_backward(const Half& half, const Covariance& cov, float eps2d,
+                                               const RowGradient& row) {
+    const float inverse = 1.0f / cov.det;
+    const Vector a = half.top, b = half.bottom, n = cross(a, b);
+    const Vector top = combination(inverse, cross(b, n), eps2d * inverse, a);
+    const Vector bottom = combination(inverse, cross(n, a), eps2d * inverse, b);
+    const float g0 = -2.0f * row.conic_a, g1 = -row.conic_b, g2 = -2.0f * row.conic_c;  // -2 G
+    const Vector d_top = combination(g0, top, g1, bottom), d_bottom = combination(g1, top, g2, bottom);
+    const float xx = (cov.yy + eps2d) * inverse, xy = -cov.xy * inverse, yy = (cov.xx + eps2d) * inverse;
+    return {combination(xx, d_top, xy, d_bottom), combination(xy, d_top, yy, d_bottom)};
+}
+
+// Through opacity * sqrt(det(cov) / det(cov + eps2d I)): adds to dL/dhalf, returns dL/dopacity. 0 where the first
 // determinant vanishes.
-__device__ __forceinline__ float antialias_backward(const Covariance& cov, float eps2d, float opacity, float d_opacity,
-                                                    Vector& d_cov) {
+__device__ __forceinline__ float antialias_backward(const Half& half, const Covariance& cov, float eps2d, float opacity,
+                                                    float d_opacity, Half& d_half) {
     const float factor = sqrtf(cov.det_before / cov.det);
     const float shared = d_opacity * opacity * factor;
     const float half_before = cov.det_before > 0.0f ? shared / (2.0f * cov.det_before) : 0.0f;
     const float half_after = -shared / (2.0f * cov.det);
     const float both = half_before + half_after;
-    add(d_cov, {both * cov.yy + half_after * eps2d, -2.0f * both * cov.xy, both * cov.xx + half_after * eps2d});
+    // Twice dL/dcov: cov = half half^T.
+    const float xx = 2.0f * (both * cov.yy + half_after * eps2d), yy = 2.0f * (both * cov.xx + half_after * eps2d);
+    const float xy = -2.0f * both * cov.xy;
+    add(d_half.top, combination(xx, half.top, xy, half.bottom));
+    add(d_half.bottom, combination(xy, half.top, yy, half.bottom));
     return d_opacity * factor;
 }
 
@@ -167,18 +180,14 @@ __device__ __forceinline__ void geometry_backward(const Camera& camera, const Se
     const Vector scale = activated_scale(log_scale, settings.is_final);
     const Half half = half_projection(m, q, scale);
     const Covariance cov = covariance(half, settings.eps2d);
-    Vector d_cov = covariance_backward(cov, settings.eps2d, row);
+    Half d_half = conic_backward(half, cov, settings.eps2d, row);
     const float opacity = activated_opacity(raw_opacity, settings.is_final);
     float d_opacity = row.opacity;
-    if (settings.is_antialiased) d_opacity = antialias_backward(cov, settings.eps2d, opacity, d_opacity, d_cov);
+    if (settings.is_antialiased) {
+        d_opacity = antialias_backward(half, cov, settings.eps2d, opacity, d_opacity, d_half);
+    }
     sums.opacity += settings.is_final ? d_opacity : d_opacity * opacity * (1.0f - opacity);
-    // cov = half half^T.
-    const Vector d_top = {2.0f * d_cov.x * half.top.x + d_cov.y * half.bottom.x,
-                          2.0f * d_cov.x * half.top.y + d_cov.y * half.bottom.y,
-                          2.0f * d_cov.x * half.top.z + d_cov.y * half.bottom.z};
-    const Vector d_bottom = {d_cov.y * half.top.x + 2.0f * d_cov.z * half.bottom.x,
-                             d_cov.y * half.top.y + 2.0f * d_cov.z * half.bottom.y,
-                             d_cov.y * half.top.z + 2.0f * d_cov.z * half.bottom.z};
+    const Vector d_top = d_half.top, d_bottom = d_half.bottom;
     const Vector x = rotation_x(q), y = rotation_y(q), z = rotation_z(q);
     const ColumnBackward bx = column_backward(m, x, d_top.x, d_bottom.x);
     const ColumnBackward by = column_backward(m, y, d_top.y, d_bottom.y);
