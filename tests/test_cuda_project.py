@@ -142,6 +142,14 @@ def test_degrees(any_order: Launcher, degree: int | None, antialiased: bool) -> 
     assert {SLOT_UNSEEN, 0} <= set(found.slots.clamp(max=0).flatten().tolist())
 
 
+def test_coefficients_of_zero_change_no_bit(launcher: Launcher) -> None:
+    """A model measured at degree 0 while it trains is drawn from its file at degree 3: the same image."""
+    gaussians, views, _ = random_scene(400, (60, 40), seed=32, dtype=torch.float32)
+    there = moved(dataclasses.replace(gaussians, shN=torch.zeros_like(gaussians.shN)), launcher.device)
+    rows = [compact(projection.project(launcher, there, views, settings_for(degree))).rows for degree in range(4)]
+    assert len(rows[0]) > 100 and all(torch.equal(rows[0], others) for others in rows[1:])
+
+
 @pytest.mark.parametrize(("stored", "degree"), [(1, 1), (2, 2), (2, 1), (0, 0)])
 def test_tables_of_lower_degree(launcher: Launcher, stored: int, degree: int) -> None:
     gaussians, views, masks = scene(150, (50, 40), seed=31, sh_degree=stored)
