@@ -53,13 +53,14 @@ def update_span(
         count = min(ROWS_PER_CHUNK, stop - first)
         if any_drawn(slots, first, count):
             chunk_backward(first, count, gaussian, cameras, limits, flags, slots, rows, d_rows, scratch, space)
+            add_norms(first, count, space[0][NORMS], norm_sum)
             is_clear = False
         elif not is_clear:
             clear_gradients(space[0])
             is_clear = True
         for k in range(count):
             d_masks[first + k] = space[0][MASKS][k] * factors[0, 5]
-        add_statistics(first, count, slots, space[0][NORMS], norm_sum, view_count)
+        count_views(first, count, slots, view_count)
         for q in range(SHN):
             at, size = first * widths[q], count * widths[q]
             adam_span(gaussian[q], space[0][q], exp_avg[q], exp_avg_sq[q], at, 0, size, factors[q])
@@ -96,11 +97,16 @@ def update_harmonics(first, count, width, shN, late, is_due, factors):
 
 
 @device
-def add_statistics(first, count, slots, norms, norm_sum, view_count):
-    """3DGS's densify statistics: norm of the NDC-scaled gradient of the 2D mean, and the number of views."""
-    one, zero = norm_sum.dtype.type(1), norm_sum.dtype.type(0)
+def add_norms(first, count, norms, norm_sum):
+    """3DGS's densify statistics, first part: the norm of the NDC-scaled gradient of the 2D mean."""
     for k in range(count):
         norm_sum[first + k] += norms[k]
+
+
+@device
+def count_views(first, count, slots, view_count):
+    """3DGS's densify statistics, second part: the number of views that see a row."""
+    one, zero = view_count.dtype.type(1), view_count.dtype.type(0)
     for view in range(slots.shape[0]):
         for i in range(first, first + count):
             view_count[i] += zero if slots[view, i] == SLOT_UNSEEN else one
