@@ -136,7 +136,7 @@ def edit(
     is_edited = False
     with training.phases("density control"):
         for change in chain([first] if first is not None else [], others):
-            training.table.apply(change)
+            training.apply(change)
             recorder.edit(change.report)
             is_edited |= isinstance(change, RowEdit)
     if is_edited:

@@ -39,6 +39,7 @@ from scene.gaussians import GaussianTable
 from scene.images import ImageStore, on_background
 from scene.node_images import NodeImages
 from scene.points import initial_gaussians
+from scene.row_edit import RowEdit, TableEdit
 from scene.sampler import ViewSampler
 from strategies.base import CombinedStrategy
 from strategies.optimizer_scaling import Annealing, OptimizerScaling, PositionRate, scaling_for
@@ -182,6 +183,16 @@ class Training:
     def steps_ahead(self) -> int:
         """Steps that are queued ahead of a GPU (`launch.late_steps`); what they change must know the status words."""
         return steps_ahead(self.body, self.communicator)
+
+    def apply(self, edit: TableEdit) -> None:
+        """Edit the table. On a CPU rows that come together in space are kept together, as the first ones were.
+
+        What a view draws is then read from memory in long runs, and the other runs are left alone. Results do not
+        depend on the order of the rows.
+        """
+        if isinstance(edit, RowEdit) and self.table.ids.device.type == "cpu":
+            edit = edit.beside_sources()
+        self.table.apply(edit)
 
     def after_event(self) -> Redistribution | None:
         """Share the Gaussians out again when edits have left the shards uneven. All ranks."""

@@ -188,9 +188,9 @@ class GaussianTable:
 
     @property
     def lazy_bytes(self) -> int:
-        """Bytes of a row besides the table's tensors: which updates it has had, where rows can be behind."""
+        """Bytes of a row besides the table's tensors: which updates it has had, where single rows can be behind."""
         rows = self._backlog.rows
-        return rows.updates.element_size() if rows is not None else 0
+        return rows.updates.element_size() // rows.block if rows is not None else 0
 
     @property
     def addresses(self) -> tuple[int, ...]:
@@ -210,7 +210,7 @@ class GaussianTable:
     @property
     def sh_degree(self) -> int:
         """The highest degree of spherical harmonics that the rows have room for."""
-        return math.isqrt(self.params["shN"].shape[1] + 1) - 1
+        return math.isqrt(self._stored()[0]["shN"].shape[1] + 1) - 1
 
     @property
     def attributes(self) -> tuple[AttributeSpec, ...]:

@@ -112,6 +112,18 @@ class RowEdit:
             overrides=overrides,
         )
 
+    def beside_sources(self) -> RowEdit:
+        """This edit with its rows in the order of those they are copied from: children lie where their parents do."""
+        if not self.is_new.any():  # host sync
+            return self
+        order = torch.argsort(self.source, stable=True)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        overrides = {name: Override(place[each.rows], each.values) for name, each in self.overrides.items()}
+        return replace(
+            self, source=self.source[order], is_new=self.is_new[order], ids=self.ids[order], overrides=overrides
+        )
+
     def preview(self, name: str, values: Tensor) -> Tensor:
         """The attribute `name` after the edit, (M, *shape), from its `values` before it, (N, *shape)."""
         result = values.index_select(0, self.source)

@@ -103,6 +103,7 @@ def test_other_attributes_are_no_reason_to_catch_up() -> None:
             table.params[name], table.exp_avg[name]
             table.params[name] = table.params[name].clone()
     assert len(table.params) == len(ATTRIBUTES) and "shN" in list(table.params)
+    assert table.sh_degree == 3 and table.attributes == ATTRIBUTES  # which every step of the masks asks for
     assert body.num_passes == 0
 
 

@@ -80,6 +80,25 @@ def test_compositions_equal_a_plain_list_of_rows(steps: list[Any]) -> None:
     assert torch.equal(table.statistics["view_count"], moments)
 
 
+@settings(deadline=None, max_examples=150)
+@given(operations)
+def test_rows_beside_their_sources_are_the_same_rows(steps: list[Any]) -> None:
+    """Each with its override, and children behind their parents."""
+    one, two = small_table(), small_table()
+    edit, model = _compose(one, steps)
+    one.apply(edit)
+    two.apply(edit.beside_sources())
+    order = sorted(range(len(model)), key=lambda row: model[row][0])  # stable
+    if any(is_new for _, _, is_new, _ in model):
+        assert two.ids.tolist() == [model[row][1] for row in order]
+    place = {identity: row for row, identity in enumerate(two.ids.tolist())}
+    rows = torch.tensor([place[identity] for identity in one.ids.tolist()], dtype=torch.int64)
+    assert len(place) == len(model)
+    for tensors in ("params", "exp_avg", "statistics"):
+        for name, values in getattr(one, tensors).items():
+            assert torch.equal(values, getattr(two, tensors)[name][rows])
+
+
 @given(st.permutations(range(NUM_ROWS)))
 def test_a_permutation_conserves_the_rows(order: list[int]) -> None:
     table = small_table()

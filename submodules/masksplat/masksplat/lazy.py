@@ -2,10 +2,10 @@
 """Adam updates that rows without a gradient have not had yet, and that they are given when somebody looks at them.
 
 Dense Adam moves rows without a gradient, too, and streams all of them through memory in every step to do so. A lazy
-update leaves them alone until they are seen, and then replays what they missed, update by update with that update's
-numbers, in the roundings of the dense kernel: it ends at the same bits.
+update leaves them alone until they are seen, and then makes up for what they missed: on a GPU update by update in the
+roundings of the dense kernel, with the same bits; on a CPU several updates at once, rounded once (`cpu/lazy_adam.py`).
 
-Letters: N Gaussians, F updates that can be replayed.
+Letters: N Gaussians, F updates that can be made up for.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class LazyRows:
 
     param, exp_avg, exp_avg_sq: (N, ...), contiguous. catch_up: the body's pass that brings all rows up to `latest`;
     while the body's status words note an overflow it changes nothing. latest: the last update that was begun.
-    updates: (N,) int32, the last update that each row has had. ring: (F, FACTORS), numbers of update u in row u % F.
+    block: so many rows, one after the other, are behind together. updates: (ceil(N / block),) int32, the last update
+    that each block has had. ring: (F, FACTORS), numbers of update u in row u % F.
     """
 
     param: Tensor
@@ -37,6 +38,7 @@ class LazyRows:
     exp_avg_sq: Tensor
     catch_up: Callable[[LazyRows], None]
     latest: int
+    block: int = 1
     updates: Tensor = field(init=False)
     ring: Tensor = field(init=False)
     _settled: list[int] = field(init=False)  # updates after which all rows were caught up, oldest first
@@ -44,7 +46,7 @@ class LazyRows:
     def __post_init__(self) -> None:
         """All rows have had the updates up to `latest`."""
         device = self.param.device
-        self.updates = torch.full((len(self.param),), self.latest, dtype=torch.int32, device=device)
+        self.updates = torch.full((-(-len(self.param) // self.block),), self.latest, dtype=torch.int32, device=device)
         self.ring = torch.zeros((CAPACITY, FACTORS), dtype=self.param.dtype, device=device)
         self._settled = [self.latest]
 

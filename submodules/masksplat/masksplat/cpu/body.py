@@ -15,15 +15,16 @@ from masksplat.cpu.absolute import absolute_tiles, sum_pairs
 from masksplat.cpu.adam import adam_rows
 from masksplat.cpu.binning import TileLists, bin_splats
 from masksplat.cpu.geometry import CAMERA_SIZE
+from masksplat.cpu.lazy_adam import BLOCK, NUM_LEG_COLUMNS, catch_up_rows, write_legs
 from masksplat.cpu.project import compact_rows, project_rows
-from masksplat.cpu.project_backward import project_backward_rows
+from masksplat.cpu.project_backward import SHN, project_backward_rows
 from masksplat.cpu.rasterize import rasterize_tiles
 from masksplat.cpu.rasterize_backward import rasterize_backward_tiles, sum_instances
 from masksplat.cpu.scores import score_tiles, sum_scores
 from masksplat.cpu.threads import ThreadTeam
 from masksplat.cpu.tile import tile_constants
 from masksplat.cpu.update import update_rows
-from masksplat.lazy import LazyRows
+from masksplat.lazy import CAPACITY, LazyRows
 from masksplat.types import (
     NUM_ROW_COLUMNS,
     AdamStep,
@@ -40,6 +41,11 @@ from masksplat.types import (
 )
 
 Array = np.ndarray[Any, Any]
+
+LAZY_BELOW = 0.6
+"""Share of the blocks of shN up to which an update leaves those behind that no view draws. A block that
+was behind is read twice in the step that draws it, so beyond some share it cannot pay; 0.6 is reasoned, not measured:
+views drew a quarter of the blocks, or nearly all."""
 
 TASKS_PER_THREAD = 16
 """Tasks of uneven cost (tiles, rows with few visible Gaussians) are handed out in pieces this small."""
@@ -78,7 +84,7 @@ class CpuBody:
         num_gaussians, dtype = len(gaussians), table[0].dtype
         mask_array = np.ones(num_gaussians, dtype) if masks is None else _array(masks)
         id_array = np.arange(num_gaussians) if ids is None else _array(ids)
-        cameras = pack_cameras(views, dtype)
+        cameras, late = pack_cameras(views, dtype), _late_rows(gaussians.lazy, dtype)
         slots = np.empty((len(views), num_gaussians), np.int32)
         packed = np.empty((num_gaussians, NUM_ROW_COLUMNS + 1), dtype)
         packed_boxes = np.empty((num_gaussians, 4), np.int32)
@@ -86,7 +92,7 @@ class CpuBody:
         for view, size in enumerate(views.sizes):
             counts = np.zeros(self.num_tasks, np.int64)
             self.team.run(
-                project_rows, self.num_tasks, table, mask_array, cameras[view], np.array(size),
+                project_rows, self.num_tasks, table, late, mask_array, cameras[view], np.array(size),
                 _flags(settings, gaussians), _limits(settings, dtype), slots[view], packed, packed_boxes, counts,
             )  # fmt: skip
             parts.append(self._compact(id_array, slots[view], packed, packed_boxes, counts, offsets[-1]))
@@ -143,9 +149,11 @@ class CpuBody:
         dtype = table[0].dtype
         d_masks = np.empty(len(gaussians), dtype)
         factors = np.array([_adam_factors(step, gradient_scale) for step in optimizer.steps], dtype)
+        late = _late_rows(gaussians.lazy, dtype)
+        is_due = _begin_update(gaussians.lazy, splats, optimizer.steps[SHN].update, factors[SHN])
         self.team.run(
             update_rows, self.num_tasks, table, tuple(map(_flat, optimizer.exp_avg)),
-            tuple(map(_flat, optimizer.exp_avg_sq)), factors, _cameras_with_size(views, dtype),
+            tuple(map(_flat, optimizer.exp_avg_sq)), late, is_due, factors, _cameras_with_size(views, dtype),
             _limits(settings, dtype), _flags(settings, gaussians), _array(splats.slots), _flat(splats.rows),
             _flat(d_rows), _array(statistics.grad_norm_sum), _array(statistics.view_count), d_masks,
         )  # fmt: skip
@@ -264,8 +272,16 @@ class CpuBody:
         self.team.run(adam_rows, self.num_tasks, *arrays, np.array(_adam_factors(step), arrays[0].dtype))
 
     def lazy_rows(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, update: int) -> LazyRows | None:
-        """See `Body.lazy_rows`; every update is dense: replaying one takes as long as a pass through memory."""
-        return None
+        """See `Body.lazy_rows`. Whether rows are left behind is decided in each update (`LAZY_BELOW`)."""
+        if param.numel() == 0:
+            return None
+        return LazyRows(param, exp_avg, exp_avg_sq, self._catch_up, update, BLOCK)
+
+    def _catch_up(self, lazy: LazyRows) -> None:
+        """Bring all rows up to the last update."""
+        param = _flat(lazy.param)
+        late = _late_rows(lazy, param.dtype)
+        self.team.run(catch_up_rows, self.num_tasks, len(lazy.param), param.size // len(lazy.param), param, late)
 
     def blend_scores(
         self, splats: Splats, view: int, size: tuple[int, int], *, rows: tuple[int, int] | None = None
@@ -335,6 +351,27 @@ def _flags(settings: ProjectionSettings, gaussians: Gaussians) -> Array:
 
 def _limits(settings: ProjectionSettings, dtype: Any) -> Array:
     return np.array([settings.near_plane, settings.far_plane, settings.eps2d], dtype)
+
+
+def _late_rows(lazy: LazyRows | None, dtype: Any) -> tuple[Any, ...]:
+    """What `catch_up_block` takes to bring rows up to the last update; without blocks where no row can be behind."""
+    if lazy is None:
+        nothing = np.empty(0, dtype)
+        return np.empty(0, np.int32), np.empty((0, NUM_LEG_COLUMNS), dtype), nothing, nothing, 0
+    legs = np.empty((CAPACITY, NUM_LEG_COLUMNS), dtype)
+    write_legs(_array(lazy.ring), lazy.latest, legs)
+    return _array(lazy.updates), legs, _flat(lazy.exp_avg), _flat(lazy.exp_avg_sq), lazy.latest
+
+
+def _begin_update(lazy: LazyRows | None, splats: Splats, update: int, factors: Array) -> Array:
+    """(blocks,) bool, the blocks of shN that get update number `update` now; empty where all rows do without a word."""
+    if lazy is None:
+        return np.empty(0, np.bool_)
+    lazy.begin(update)
+    lazy.ring[update % CAPACITY] = torch.from_numpy(factors)
+    is_due = np.zeros(len(lazy.updates), np.bool_)
+    is_due[_array(splats.gaussians) // BLOCK] = True
+    return is_due if is_due.mean() <= LAZY_BELOW else np.ones_like(is_due)
 
 
 def _adam_factors(step: AdamStep, gradient_scale: float = 1.0) -> tuple[float, ...]:

@@ -36,6 +36,7 @@ from masksplat.cpu.geometry import (
 )
 from masksplat.cpu.kernel import device, kernel
 from masksplat.cpu.lanes import COEFFICIENTS, fill_batch, maximum, read_rows, three_columns
+from masksplat.cpu.lazy_adam import catch_up_drawn, task_rows
 from masksplat.cpu.simd import LANES, any_positive, broadcast, select_gt, square_root, store
 from masksplat.cpu.spherical_harmonics import colour_of, write_basis
 from masksplat.types import ALPHA_MIN, NUM_ROW_COLUMNS, SLOT_NO_PIXEL, SLOT_UNSEEN, TILE
@@ -49,28 +50,27 @@ MEAN_X, MEAN_Y, DEPTH, COV_XX, COV_XY, COV_YY, DET, ALPHA = range(8)
 
 
 @kernel
-def project_rows(task, num_tasks, gaussian, masks, camera, size, flags, limits, slots, rows, boxes, counts):
+def project_rows(task, num_tasks, gaussian, late, masks, camera, size, flags, limits, slots, rows, boxes, counts):
     """Project the rows of this task; visible ones are packed from the start of the task's own range.
 
     `gaussian` is (means, quats, scales, opacities, sh0, shN), flat arrays, `size` (width, height), `flags` (degree,
     activated, antialiased, numbers in a row of shN), `limits` (near, far, eps2d). slots[i] is set to the packed row
     within the task's range or to a negative SLOT_ value; counts[task] to the number of packed rows. rows has an 11th
-    column, the depth.
+    column, the depth. Rows of shN that are drawn are brought up to date, see `catch_up_block` for `late`.
     """
-    means, num_rows = gaussian[0], slots.size
-    start, stop = task * num_rows // num_tasks, (task + 1) * num_rows // num_tasks
+    means, (start, stop) = gaussian[0], task_rows(task, num_tasks, slots.size)
     lanes, index = np.empty(NUM_VECTORS * LANES, means.dtype), np.empty(LANES, np.int64)
     candidates = np.empty(stop - start, np.int64)
     harmonics = np.empty(BASES * LANES, means.dtype), np.empty(COEFFICIENTS * LANES, means.dtype)
     counts[task] = project_span(
-        gaussian, masks, camera, size, flags, limits, slots, rows, boxes, start, stop, lanes, index,
+        gaussian, late, masks, camera, size, flags, limits, slots, rows, boxes, start, stop, lanes, index,
         candidates, harmonics,
     )  # fmt: skip
 
 
 @device
 def project_span(
-    gaussian, masks, camera, size, flags, limits, slots, rows, boxes, start, stop, lanes, index, candidates,
+    gaussian, late, masks, camera, size, flags, limits, slots, rows, boxes, start, stop, lanes, index, candidates,
     harmonics,
 ):  # fmt: skip
     """`project_rows` for the rows from `start` to `stop`, with arrays to work in; returns the number of packed rows."""
@@ -90,6 +90,7 @@ def project_span(
                 slots[i] = packed - start
                 candidates[packed - start] = i  # never ahead of `first`: the list of packed rows overwrites it
                 packed += 1
+    catch_up_drawn(candidates, packed - start, slots.size, flags[3], gaussian[5], late)
     colour_rows(gaussian, camera, flags, candidates, packed - start, start, lanes, index, harmonics, rows)
     return packed - start
 
@@ -260,7 +261,7 @@ def compact_rows(
     task, num_tasks, ids, slots, packed, packed_boxes, first, base, rows, boxes, depths, out_ids, gaussians
 ):
     """Move the packed rows of this task to first[task] on, and make slots global (`base` rows precede the view)."""
-    start, stop = task * slots.size // num_tasks, (task + 1) * slots.size // num_tasks
+    start, stop = task_rows(task, num_tasks, slots.size)
     for i in range(start, stop):
         if slots[i] < 0:
             continue

@@ -71,6 +71,9 @@ memory is read well in: with 64, a dense update takes 1.4 times as long.
 NUM_ATTRIBUTES = 6
 """means, quats, scales, opacities, sh0, shN: the order of every tuple here."""
 
+SHN = 5
+"""Place of shN among them, the attribute whose rows may be behind."""
+
 MASKS, NORMS = 6, 7
 """Places in the gradients of a chunk behind the attributes."""
 
@@ -116,8 +119,7 @@ def chunk_backward(first, count, gaussian, cameras, limits, flags, slots, rows, 
     `backward_scratch`, `space` from `chunk_space`.
     """
     gradients, visible, index, splat_index = space
-    for q in range(len(gradients)):
-        clear(gradients[q])
+    clear_gradients(gradients)
     for view in range(cameras.shape[0]):
         num_visible = 0
         for k in range(count):
@@ -131,6 +133,13 @@ def chunk_backward(first, count, gaussian, cameras, limits, flags, slots, rows, 
                 splat_index[lane] = slots[view, index[lane]]
             batch_backward(gaussian, index, splat_index, camera, limits, flags, rows, d_rows, scratch)
             add_batch(index, first, lanes, flags, view > 0, scratch, gradients)
+
+
+@device
+def clear_gradients(gradients):
+    """Zero the gradients of a chunk."""
+    for q in range(len(gradients)):
+        clear(gradients[q])
 
 
 @device
