@@ -190,7 +190,8 @@ class Recorder:
     def _pause(self, action: Callable[[int], None], iteration: int) -> None:
         """Run an action whose time is not training time."""
         self._clock()
-        with drawn_at_once(self.training.body), self.training.phases.untimed("measuring and saving"):
+        phases, table = self.training.phases, self.training.table
+        with drawn_at_once(self.training.body), phases.untimed("measuring and saving"), table.undisturbed():
             action(iteration)
         self._resumed = time.perf_counter()
 

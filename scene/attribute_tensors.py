@@ -13,17 +13,40 @@ from collections.abc import Iterator, Mapping, MutableMapping
 
 from torch import Tensor
 
-from masksplat.lazy import LazyRows
+from masksplat.lazy import Behind, LazyRows
 
 LAZY_ATTRIBUTE = "shN"
 """The attribute whose rows may be behind: 45 of a Gaussian's 59 numbers at degree 3."""
 
 
 class Backlog:
-    """Which rows of LAZY_ATTRIBUTE are behind; `rows` is None where none can be."""
+    """Which rows of LAZY_ATTRIBUTE are behind; `rows` is None where none can be.
 
-    def __init__(self) -> None:
+    held: how the rows lay when a look began that shall leave no trace, or when the checkpoint was written that they
+    come from; None where they are up to date, or a look makes no difference.
+    """
+
+    def __init__(self, held: Behind | None = None) -> None:
         self.rows: LazyRows | None = None
+        self.held = held
+
+    def begin(self, rows: LazyRows | None) -> None:
+        """Rows may be behind from now on, and are at once where a training goes on that had such rows."""
+        held, self.held, self.rows = self.held, None, rows
+        if rows is not None and held is not None and rows.leg > 1 and rows.updates.shape == held.updates.shape:
+            rows.fall_back(held)
+
+    def hold(self) -> None:
+        """A look begins."""
+        if self.rows is not None:
+            self.held = self.rows.hold()
+
+    def fall_back(self) -> None:
+        """A look has ended."""
+        if self.rows is not None:
+            if self.held is not None:
+                self.rows.fall_back(self.held)
+            self.held = None
 
     def settle(self, name: str) -> None:
         """Make the updates that rows of the attribute `name` have missed."""
@@ -34,7 +57,7 @@ class Backlog:
         """Settle, and forget the tensors of the attribute `name`: others are about to take their place."""
         self.settle(name)
         if name == LAZY_ATTRIBUTE:
-            self.rows = None
+            self.rows = self.held = None
 
     def rewind(self, count: int) -> None:
         """Forget the last `count` updates, which changed nothing."""

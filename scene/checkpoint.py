@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from masksplat.lazy import CAPACITY, FACTORS, Behind
 from scene.checkpoint_manifest import (
     MANIFEST,
     Manifest,
@@ -86,7 +87,7 @@ def save_checkpoint(place: Path, number: int, table: GaussianTable, state: RunSt
     Raises: InputError, on all ranks, when any of them could not write; older checkpoints are untouched then.
     """
     partial, final = place / f".{number}.partial", place / str(number)
-    tensors = _tensors_of(table)
+    tensors = _tensors_of(table, _held_by(table, ranks))
     try:
         _together(ranks, lambda: _make_room(partial, tensors, ranks.size) if ranks.rank == 0 else None, partial)
         record = _together(ranks, lambda: _write_shard(partial, tensors, state, ranks), partial)
@@ -117,14 +118,15 @@ def load_checkpoint(
     if len(wanted) == 0:
         raise ValueError("a checkpoint is read from one shard at least; `choose` may take no row")
     parts = [_read_shard(folder, manifest, index) for index in wanted]
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    behind = _behind_of(parts[0]) if len(parts) == 1 and choose is None else None
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if not name.startswith("behind.")}
     ids = tensors["ids"]
     if len(torch.unique(ids)) != len(ids):
         raise InputError(f"the shards of {folder} hold a Gaussian twice (an id occurs twice). {COPY_AGAIN}")
     if choose is not None:
         rows = choose(tensors["params.means"], ids)
         tensors = {name: values.index_select(0, rows) for name, values in tensors.items()}
-    return Checkpoint(_table_of(tensors, manifest), manifest.state, folder, manifest.world_size)
+    return Checkpoint(_table_of(tensors, manifest, behind), manifest.state, folder, manifest.world_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,16 +171,32 @@ def _candidates(place: Path) -> list[Path]:
     return [entry for _, _, entry in sorted(found, key=lambda each: each[:2], reverse=True)]
 
 
-def _tensors_of(table: GaussianTable) -> dict[str, Tensor]:
+def _held_by(table: GaussianTable, ranks: Ranks) -> Behind | None:
+    """How this rank's rows lie that are behind, on all ranks or on none: no rows where it has none. All ranks."""
+    held = table.held
+    num_behind = ranks.sum(torch.tensor([int(held is not None)]))  # all ranks
+    return Behind.of_nothing(table.params["shN"][:0]) if held is None and int(num_behind) else held
+
+
+def _tensors_of(table: GaussianTable, behind: Behind | None) -> dict[str, Tensor]:
     """Every tensor of the table by its name in a shard, on the host."""
     groups = {"params": table.params, "exp_avg": table.exp_avg, "exp_avg_sq": table.exp_avg_sq}
     groups["statistics"] = table.statistics
     tensors = {f"{group}.{name}": values for group, members in groups.items() for name, values in members.items()}
     tensors["ids"] = table.ids
+    if behind is not None:
+        tensors.update({f"behind.{field.name}": getattr(behind, field.name) for field in fields(behind)})
     return {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
 
 
-def _table_of(tensors: Mapping[str, Tensor], manifest: Manifest) -> GaussianTable:
+def _behind_of(tensors: Mapping[str, Tensor]) -> Behind | None:
+    """How rows lay that were behind, where the table was of such."""
+    if "behind.updates" not in tensors:
+        return None
+    return Behind(**{field.name: tensors[f"behind.{field.name}"] for field in fields(Behind)})
+
+
+def _table_of(tensors: Mapping[str, Tensor], manifest: Manifest, behind: Behind | None) -> GaussianTable:
     """The table whose tensors `_tensors_of` gave."""
 
     def group(prefix: str, names: Sequence[str]) -> dict[str, Tensor]:
@@ -193,6 +211,7 @@ def _table_of(tensors: Mapping[str, Tensor], manifest: Manifest) -> GaussianTabl
         statistics=group("statistics", [*STATISTICS, *kept]),
         ids=tensors["ids"],
         num_updates=manifest.num_updates,
+        behind=behind,
     )
 
 
@@ -338,13 +357,23 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], manifest: Manifest
     expected = _expected_shapes(manifest.sh_degree, record.num_rows)
     optional = (f"statistics.{name}" for name in OPTIONAL_STATISTICS)
     expected.update({name: (record.num_rows,) for name in optional if name in tensors})
+    if "behind.updates" in tensors:
+        num_blocks = len(tensors["behind.updates"])
+        shape = expected["params.shN"] if num_blocks else (0, *expected["params.shN"][1:])
+        expected.update(_shapes_behind(shape, num_blocks))
     found = {name: tuple(values.shape) for name, values in tensors.items()}
     if found != expected:
         names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
         raise InputError(f"the shard {path} does not fit this program: {', '.join(names[:5])} differ. {COPY_AGAIN}")
-    kinds = {values.dtype for name, values in tensors.items() if name != "ids"}
+    kinds = {values.dtype for name, values in tensors.items() if name not in ("ids", "behind.updates")}
     if tensors["ids"].dtype != torch.int64 or len(kinds) != 1 or not next(iter(kinds)).is_floating_point:
         raise InputError(f"the shard {path} does not fit this program: its numbers are of other kinds. {COPY_AGAIN}")
+
+
+def _shapes_behind(shape: tuple[int, ...], num_blocks: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of `Behind`, of rows of this shape."""
+    shapes = {f"behind.{name}": shape for name in ("param", "exp_avg", "exp_avg_sq")}
+    return {**shapes, "behind.updates": (num_blocks,), "behind.ring": (CAPACITY, FACTORS)}
 
 
 def _damaged_part(path: Path, record: ShardRecord) -> str:

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import InitVar, dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from masksplat.lazy import LazyRows
+from masksplat.lazy import Behind, LazyRows
 from masksplat.ops import Body
 from scene.attribute_tensors import LAZY_ATTRIBUTE, AttributeTensors, Backlog
 from scene.row_edit import RowEdit, TableEdit, ValueEdit
@@ -96,7 +97,8 @@ class GaussianTable:
     statistics: "grad_norm_sum" (sum over views of the norm of the NDC position gradient) and "view_count", each (N,);
     on all ranks or on none also OPTIONAL_STATISTICS.
     ids: (N,) int64 >= 0, unique over all ranks. num_updates: Adam updates completed so far, common to all attributes;
-    edits leave it alone, and the training step adds 1 after it has updated every attribute. A step may leave rows of
+    edits leave it alone, and the training step adds 1 after it has updated every attribute. behind: `held` of the table
+    that a checkpoint was written of, whose rows these are. A step may leave rows of
     shN that it does not draw for later (`scene.attribute_tensors`): they are updated before anybody else sees them.
     """
 
@@ -106,10 +108,11 @@ class GaussianTable:
     statistics: dict[str, Tensor]
     ids: Tensor
     num_updates: int = 0
+    behind: InitVar[Behind | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, behind: Behind | None) -> None:
         """Guard the tensors whose updates may be behind."""
-        self._backlog = Backlog()
+        self._backlog = Backlog(behind)
         groups = (self.params, self.exp_avg, self.exp_avg_sq)
         self._guarded = [AttributeTensors(tensors, self._backlog) for tensors in groups]
         self.params, self.exp_avg, self.exp_avg_sq = self._guarded
@@ -166,6 +169,7 @@ class GaussianTable:
             statistics=moved(self.statistics),
             ids=self.ids.to(device),
             num_updates=self.num_updates,
+            behind=self._backlog.held,
         )
 
     def for_step(self, body: Body) -> StoredRows:
@@ -173,7 +177,7 @@ class GaussianTable:
         params, exp_avg, exp_avg_sq = self._stored()
         if self._backlog.rows is None:
             name = LAZY_ATTRIBUTE
-            self._backlog.rows = body.lazy_rows(params[name], exp_avg[name], exp_avg_sq[name], self.num_updates)
+            self._backlog.begin(body.lazy_rows(params[name], exp_avg[name], exp_avg_sq[name], self.num_updates))
         return StoredRows(params, exp_avg, exp_avg_sq, self._backlog.rows)
 
     def for_dense_step(self) -> StoredRows:
@@ -181,6 +185,20 @@ class GaussianTable:
         self._backlog.end(LAZY_ATTRIBUTE)
         params, exp_avg, exp_avg_sq = self._stored()
         return StoredRows(params, exp_avg, exp_avg_sq, None)
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """A block in which the table is only looked at: its looks leave no trace in the bits of later steps."""
+        self._backlog.hold()
+        try:
+            yield
+        finally:
+            self._backlog.fall_back()
+
+    @property
+    def held(self) -> Behind | None:
+        """How rows lie that are behind, for a checkpoint, within `undisturbed`; None where a look leaves no trace."""
+        return self._backlog.held
 
     def _stored(self) -> list[Mapping[str, Tensor]]:
         """Parameters and moments as they lie in memory."""

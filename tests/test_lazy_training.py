@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 import launch.training
+import masksplat.cpu.body
 import masksplat.cuda.body
+import train
 from cuda_launchers import launchers, make_launcher
 from distributed.communicator import Communicator
 from distributed.partition import PARTITION_KINDS
@@ -22,6 +25,7 @@ from masksplat.cuda.launcher import Launcher
 from masksplat.lazy import LazyRows
 from scene.attribute_tensors import LAZY_ATTRIBUTE
 from scene.gaussians import ATTRIBUTES, GaussianTable
+from scene.model_folder import ModelFolder
 from scene.ply import save_ply
 from scene.repartition import move_rows, plan_move
 from scene.row_edit import RowEdit, ValueEdit
@@ -148,6 +152,32 @@ def test_only_the_step_takes_tensors_as_they_lie() -> None:
         "for_step": {"gaussian_renderer/gate.py"},
         "for_dense_step": {"gaussian_renderer/gate.py"},
     }
+
+
+@pytest.mark.parametrize("bsz", [1, 2])
+def test_a_cpu_training_that_stops_within_a_leg_goes_on_to_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, data_root: Path, tmp_path: Path, bsz: int
+) -> None:
+    """Law 6, where rows are behind when it stops; and evaluations, models and checkpoints on the way change nothing."""
+    source = data_root / "tiny-caliterra"
+    if not (source / "sparse").is_dir():
+        pytest.skip(f"no real scene {source}: set MASK_GRENDEL_DATA to the folder that holds it")
+    monkeypatch.setattr(masksplat.cpu.body, "LAZY_BELOW", 1.0)
+    flags = ["-s", str(source), "--eval", "--quiet", "--no_report", "--iterations", str(90 * bsz), "--bsz", str(bsz)]
+    flags += ["--prune_method", "3dgs", "--backend", "cpu"]
+    stop = str(57 * bsz)
+    assert train.main([*flags, "-m", str(tmp_path / "straight")]) == 0
+    assert train.main([*flags, "-m", str(tmp_path / "resumed"), "--stop_after", stop]) == 0
+    shard = next((tmp_path / "resumed" / "checkpoints").rglob("*.safetensors"))
+    with safe_open(str(shard), framework="pt") as file:
+        updates = file.get_tensor("behind.updates")
+    assert int(updates.min()) < 57 == int(updates.max())
+    assert train.main([*flags, "-m", str(tmp_path / "resumed"), "--auto_start_checkpoint"]) == 0
+    looks = ("--test_iterations", str(33 * bsz), "--save_iterations", str(44 * bsz), "--checkpoint_iterations", stop)
+    assert train.main([*flags, "-m", str(tmp_path / "looks"), *looks]) == 0
+    names = ("straight", "resumed", "looks")
+    ends = [ModelFolder.open(tmp_path / name).point_cloud(90 * bsz).read_bytes() for name in names]
+    assert ends[0] == ends[1] and ends[0] == ends[2]
 
 
 @pytest.fixture(params=launchers())

@@ -23,14 +23,36 @@ FACTORS = 7
 """Numbers of an update in `LazyRows.ring`, in the order of the body's Adam kernels."""
 
 
+@dataclass(frozen=True, eq=False)
+class Behind:
+    """Rows of one attribute as they lie in memory, some behind: from here updates go on to the same bits.
+
+    param, exp_avg, exp_avg_sq: copies of `LazyRows`'s, as are updates and ring.
+    """
+
+    param: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    updates: Tensor
+    ring: Tensor
+
+    @classmethod
+    def of_nothing(cls, no_rows: Tensor) -> Behind:
+        """No row is behind. no_rows: (0, ...), of the rows' shape and kind."""
+        updates = torch.empty(0, dtype=torch.int32, device=no_rows.device)
+        return cls(no_rows, no_rows.clone(), no_rows.clone(), updates, no_rows.new_zeros(CAPACITY, FACTORS))
+
+
 @dataclass(eq=False)
 class LazyRows:
     """The rows of one attribute with their moments, and which updates each of them has had.
 
     param, exp_avg, exp_avg_sq: (N, ...), contiguous. catch_up: the body's pass that brings all rows up to `latest`;
     while the body's status words note an overflow it changes nothing. latest: the last update that was begun.
-    block: so many rows, one after the other, are behind together. updates: (ceil(N / block),) int32, the last update
-    that each block has had. ring: (F, FACTORS), numbers of update u in row u % F.
+    block: so many rows, one after the other, are behind together. leg: what is made up for at once ends at multiples of
+    so many updates; whoever looks at rows in between cuts it in two, which leaves other last bits (`hold`).
+    updates: (ceil(N / block),) int32, the last update that each block has had. ring: (F, FACTORS), numbers of update u
+    in row u % F.
     """
 
     param: Tensor
@@ -39,6 +61,7 @@ class LazyRows:
     catch_up: Callable[[LazyRows], None]
     latest: int
     block: int = 1
+    leg: int = 1
     updates: Tensor = field(init=False)
     ring: Tensor = field(init=False)
     _settled: list[int] = field(init=False)  # updates after which all rows were caught up, oldest first
@@ -57,7 +80,8 @@ class LazyRows:
         """
         if update != self.latest + 1:
             raise ValueError(f"update {update} cannot follow update {self.latest}: rows that are behind would miss one")
-        if update - self._settled[-1] > CAPACITY:
+        is_late = update - self._settled[-1] > CAPACITY - (self.leg - 1)
+        if is_late and self.latest % self.leg == 0:
             self.settle()  # the ring is about to lose the oldest update
         self.latest = update
 
@@ -69,6 +93,25 @@ class LazyRows:
         while len(self._settled) > 1 and self._settled[1] < self.latest - CAPACITY // 2:
             del self._settled[0]
         self._settled.append(self.latest)
+
+    def hold(self) -> Behind | None:
+        """A copy of the rows as they lie, if some are behind and a look at them would leave a trace in later bits."""
+        is_trace_left = self.latest % self.leg != 0 and bool((self.updates < self.latest).any())
+        return self.copy() if is_trace_left else None
+
+    def copy(self) -> Behind:
+        """A copy of the rows as they lie."""
+        return Behind(*(t.clone() for t in (self.param, self.exp_avg, self.exp_avg_sq, self.updates, self.ring)))
+
+    def fall_back(self, behind: Behind) -> None:
+        """Let the rows lie as they did, after the same last update."""
+        for tensor, before in zip(
+            (self.param, self.exp_avg, self.exp_avg_sq, self.updates, self.ring),
+            (behind.param, behind.exp_avg, behind.exp_avg_sq, behind.updates, behind.ring),
+            strict=True,
+        ):
+            tensor.copy_(before)
+        self._settled = [int(self.updates.min())]
 
     def rewind(self, count: int) -> None:
         """Forget the last `count` updates, which changed nothing because a buffer had been too small.

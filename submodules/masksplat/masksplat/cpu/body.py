@@ -15,7 +15,7 @@ from masksplat.cpu.absolute import absolute_tiles, sum_pairs
 from masksplat.cpu.adam import adam_rows
 from masksplat.cpu.binning import TileLists, bin_splats
 from masksplat.cpu.geometry import CAMERA_SIZE
-from masksplat.cpu.lazy_adam import BLOCK, NUM_LEG_COLUMNS, catch_up_rows, write_legs
+from masksplat.cpu.lazy_adam import BLOCK, LEG, NUM_LEG_COLUMNS, catch_up_rows, write_legs
 from masksplat.cpu.project import compact_rows, project_rows
 from masksplat.cpu.project_backward import SHN, project_backward_rows
 from masksplat.cpu.rasterize import rasterize_tiles
@@ -275,7 +275,7 @@ class CpuBody:
         """See `Body.lazy_rows`. Whether rows are left behind is decided in each update (`LAZY_BELOW`)."""
         if param.numel() == 0:
             return None
-        return LazyRows(param, exp_avg, exp_avg_sq, self._catch_up, update, BLOCK)
+        return LazyRows(param, exp_avg, exp_avg_sq, self._catch_up, update, BLOCK, LEG)
 
     def _catch_up(self, lazy: LazyRows) -> None:
         """Bring all rows up to the last update."""
