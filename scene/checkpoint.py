@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -185,7 +185,7 @@ def _tensors_of(table: GaussianTable, behind: Behind | None) -> dict[str, Tensor
     tensors = {f"{group}.{name}": values for group, members in groups.items() for name, values in members.items()}
     tensors["ids"] = table.ids
     if behind is not None:
-        tensors.update({f"behind.{field.name}": getattr(behind, field.name) for field in fields(behind)})
+        tensors.update({f"behind.{name}": values for name, values in behind._asdict().items()})
     return {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
 
 
@@ -193,7 +193,7 @@ def _behind_of(tensors: Mapping[str, Tensor]) -> Behind | None:
     """How rows lay that were behind, where the table was of such."""
     if "behind.updates" not in tensors:
         return None
-    return Behind(**{field.name: tensors[f"behind.{field.name}"] for field in fields(Behind)})
+    return Behind(*(tensors[f"behind.{name}"] for name in Behind._fields))
 
 
 def _table_of(tensors: Mapping[str, Tensor], manifest: Manifest, behind: Behind | None) -> GaussianTable:

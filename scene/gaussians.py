@@ -97,9 +97,9 @@ class GaussianTable:
     statistics: "grad_norm_sum" (sum over views of the norm of the NDC position gradient) and "view_count", each (N,);
     on all ranks or on none also OPTIONAL_STATISTICS.
     ids: (N,) int64 >= 0, unique over all ranks. num_updates: Adam updates completed so far, common to all attributes;
-    edits leave it alone, and the training step adds 1 after it has updated every attribute. behind: `held` of the table
-    that a checkpoint was written of, whose rows these are. A step may leave rows of
+    edits leave it alone, and the training step adds 1 after it has updated every attribute. A step may leave rows of
     shN that it does not draw for later (`scene.attribute_tensors`): they are updated before anybody else sees them.
+    behind: how such rows lay when the checkpoint was written that these rows come from, its `held`.
     """
 
     params: MutableMapping[str, Tensor]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +24,10 @@ FACTORS = 7
 """Numbers of an update in `LazyRows.ring`, in the order of the body's Adam kernels."""
 
 
-@dataclass(frozen=True, eq=False)
-class Behind:
+class Behind(NamedTuple):
     """Rows of one attribute as they lie in memory, some behind: from here updates go on to the same bits.
 
-    param, exp_avg, exp_avg_sq: copies of `LazyRows`'s, as are updates and ring.
+    The tensors of `LazyRows` by their names there.
     """
 
     param: Tensor
@@ -97,21 +97,16 @@ class LazyRows:
     def hold(self) -> Behind | None:
         """A copy of the rows as they lie, if some are behind and a look at them would leave a trace in later bits."""
         is_trace_left = self.latest % self.leg != 0 and bool((self.updates < self.latest).any())
-        return self.copy() if is_trace_left else None
-
-    def copy(self) -> Behind:
-        """A copy of the rows as they lie."""
-        return Behind(*(t.clone() for t in (self.param, self.exp_avg, self.exp_avg_sq, self.updates, self.ring)))
+        return Behind(*(tensor.clone() for tensor in self._tensors())) if is_trace_left else None
 
     def fall_back(self, behind: Behind) -> None:
         """Let the rows lie as they did, after the same last update."""
-        for tensor, before in zip(
-            (self.param, self.exp_avg, self.exp_avg_sq, self.updates, self.ring),
-            (behind.param, behind.exp_avg, behind.exp_avg_sq, behind.updates, behind.ring),
-            strict=True,
-        ):
+        for tensor, before in zip(self._tensors(), behind, strict=True):
             tensor.copy_(before)
         self._settled = [int(self.updates.min())]
+
+    def _tensors(self) -> Behind:
+        return Behind(self.param, self.exp_avg, self.exp_avg_sq, self.updates, self.ring)
 
     def rewind(self, count: int) -> None:
         """Forget the last `count` updates, which changed nothing because a buffer had been too small.
