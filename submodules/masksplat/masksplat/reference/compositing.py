@@ -30,7 +30,10 @@ from torch import Tensor
 from masksplat.types import ALPHA_MAX, ALPHA_MIN, TILE, TRANSMITTANCE_MIN
 
 BATCH_PAIRS = 1 << 18
-"""(pixel, splat) pairs that one torch op works on."""
+"""(pixel, splat) pairs that one torch op works on, on a CPU."""
+
+GPU_BATCH_PAIRS = 1 << 25
+"""The same on a GPU, where the cost of a call counts and half a gigabyte of pairs does not."""
 
 CHUNK = 128
 """Splats of a list that are composited between two looks at whether every pixel has ended."""
@@ -140,10 +143,10 @@ def tile_batches(lists: TileLists, padding: int) -> Iterator[TileBatch]:
     counts = lists.offsets[1:] - lists.offsets[:-1]
     tiles = torch.argsort(counts, descending=True)
     lengths = counts[tiles].tolist()  # host sync: the batches are cut on the host
-    start = 0
+    start, pairs = 0, GPU_BATCH_PAIRS if tiles.is_cuda else BATCH_PAIRS
     while start < len(lengths) and lengths[start] > 0:
         longest = lengths[start]
-        stop = start + max(1, BATCH_PAIRS // (PIXELS * min(longest, CHUNK)))
+        stop = start + max(1, pairs // (PIXELS * min(longest, CHUNK)))
         chosen = tiles[start:stop]
         place = torch.arange(longest, device=tiles.device)
         at = lists.offsets[chosen, None] + place
