@@ -131,3 +131,11 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match=r"ids must be \(N,\) int64"):
         random.uniform(0, 0, ids.float(), 0)
     assert random.uniform(0, 0, ids[:0], 0).shape == (0,)
+
+
+@pytest.mark.parametrize("seed", [0, 2**64 - 1])
+@pytest.mark.parametrize("num_views", [1, 43, 5000])
+def test_an_order_of_views_follows_from_the_words_of_their_numbers(seed: int, num_views: int) -> None:
+    drawn = random.words(seed, 7, torch.arange(num_views), random.VIEW_ORDER)
+    keys = (drawn[:, 0] << 31) | (drawn[:, 1] >> 1)
+    assert random.permutation(seed, 7, num_views) == torch.argsort(keys, stable=True).tolist()
