@@ -11,7 +11,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,13 +39,21 @@ class PeerResult:
     peak_gib: float
 
 
+class View(NamedTuple):
+    """viewmat (1, 4, 4) and intrinsics (1, 3, 3) on the GPU; size: (width, height)."""
+
+    viewmat: Tensor
+    intrinsics: Tensor
+    size: tuple[int, int]
+
+
 def train_with_gsplat(data: Path, iterations: int, seed: int) -> PeerResult:
     """Train on the GPU and measure the test views."""
     import gsplat
 
     torch.manual_seed(seed)
     scene = load_scene(data, SceneOptions(eval=True), progress=False)
-    photos = _photos(scene.train)
+    photos, views = _photos(scene.train), _views(scene.train)
     params, optimizers = _parameters(scene)
     positions = torch.optim.lr_scheduler.ExponentialLR(
         optimizers["means"], gamma=FINAL_POSITION_FACTOR ** (1.0 / iterations)
@@ -53,14 +61,14 @@ def train_with_gsplat(data: Path, iterations: int, seed: int) -> PeerResult:
     strategy = gsplat.DefaultStrategy(refine_stop_iter=min(15_000, iterations))
     state = strategy.initialize_state(scene_scale=scene.extent)
     sampler = ViewSampler(len(scene.train), 1, seed)
-    image, _ = _render(gsplat, params, scene.train[0], 0)  # loads its kernels, or compiles them
+    image, _ = _render(gsplat, params, views[0], 0)  # loads its kernels, or compiles them
     _, torch_loss = fastest_loss(image, photos[0].float() / 255.0)
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()
     start = time.perf_counter()
     for step in range(iterations):
         view = sampler.batch(step)[0]
-        image, info = _render(gsplat, params, scene.train[view], min(step // SH_INTERVAL, SH_DEGREE))
+        image, info = _render(gsplat, params, views[view], min(step // SH_INTERVAL, SH_DEGREE))
         strategy.step_pre_backward(params, optimizers, state, step, info)
         torch_loss(image, photos[view].float() / 255.0).backward()
         for optimizer in optimizers.values():
@@ -89,13 +97,24 @@ def _parameters(scene: Scene) -> tuple[torch.nn.ParameterDict, dict[str, torch.o
     return params, {name: torch.optim.Adam([params[name]], lr=rates[name], eps=1e-15, fused=True) for name in params}
 
 
-def _render(gsplat: Any, params: torch.nn.ParameterDict, camera: Camera, degree: int) -> tuple[Tensor, dict[str, Any]]:
+def _views(cameras: tuple[Camera, ...]) -> list[View]:
+    """On the GPU once: an upload in a step would wait for the step before."""
+    return [
+        View(
+            torch.from_numpy(camera.viewmat).float().cuda()[None],
+            torch.from_numpy(camera.intrinsics).float().cuda()[None],
+            (camera.width, camera.height),
+        )
+        for camera in cameras
+    ]
+
+
+def _render(gsplat: Any, params: torch.nn.ParameterDict, view: View, degree: int) -> tuple[Tensor, dict[str, Any]]:
     """(h, w, 3) image and what the strategy needs."""
     images, _, info = gsplat.rasterization(
         params["means"], params["quats"], params["scales"].exp(), params["opacities"].sigmoid(),
-        torch.cat([params["sh0"], params["shN"]], dim=1),
-        torch.from_numpy(camera.viewmat).float().cuda()[None], torch.from_numpy(camera.intrinsics).float().cuda()[None],
-        camera.width, camera.height, near_plane=0.2, sh_degree=degree, packed=False,
+        torch.cat([params["sh0"], params["shN"]], dim=1), view.viewmat, view.intrinsics, *view.size,
+        near_plane=0.2, sh_degree=degree, packed=False,
     )  # fmt: skip
     return images[0], info
 
@@ -104,7 +123,7 @@ def _render(gsplat: Any, params: torch.nn.ParameterDict, camera: Camera, degree:
 def _test_psnr(gsplat: Any, params: torch.nn.ParameterDict, scene: Scene) -> float:
     store = ImageStore(scene.test)
     total = 0.0
-    for index, camera in enumerate(scene.test):
-        image, _ = _render(gsplat, params, camera, SH_DEGREE)
+    for index, view in enumerate(_views(scene.test)):
+        image, _ = _render(gsplat, params, view, SH_DEGREE)
         total += psnr(to_8bit(image.clamp(0.0, 1.0).cpu()), store.fetch(index))
     return total / len(scene.test) if scene.test else math.nan
