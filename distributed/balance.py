@@ -216,11 +216,14 @@ def partition_batch(
     *,
     rule: str = "balanced",
     affinity: Sequence[Sequence[int]] | np.ndarray | None = None,
+    hidden_load: int = 0,
 ) -> PixelPartition:
     """The regions of every rank for one batch: a pure function.
 
     Args: heights: (B,) pixels; costs: for each view, (tile rows,) int64 >= 0; affinity: (B, W) int64, how many of the
-    splats that view b shows rank r owns (loads come first, this breaks the symmetry of ranks); rule: one of RULES.
+    splats that view b shows rank r owns (loads come first, this breaks the symmetry of ranks); rule: one of RULES;
+    hidden_load: loads up to this take no time, because something else takes longer. Views then stay whole, or are cut
+    into equal rows, whatever they cost: batches are shared out in few ways, each of which comes again and again.
     """
     views = [view if isinstance(view, RowCosts) else RowCosts(view) for view in costs]
     borders = list(accumulate(len(view.rows) for view in views))
@@ -230,14 +233,13 @@ def partition_batch(
         return PixelPartition.of_cuts(heights, grendel_cuts(_all_rows(views), num_ranks, borders), range(num_ranks))
     if rule != "balanced":
         raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}")
-    totals, largest, parts = [view.total for view in views], math.inf, [0]
-    if len(views) >= num_ranks:
-        parts = assign_whole_views(totals, num_ranks)
-        loads = [0] * num_ranks
-        for total, part in zip(totals, parts, strict=True):
-            loads[part] += total
-        largest = max(loads)
-    if largest > WHOLE_VIEW_TOLERANCE * sum(totals) / num_ranks:  # strips take longer to find
+    totals = [view.total for view in views]
+    parts, largest = _whole_parts(totals, num_ranks)
+    if largest > max(hidden_load, WHOLE_VIEW_TOLERANCE * sum(totals) / num_ranks):  # strips take longer to find
+        if hidden_load:
+            equal = PixelPartition.of_cuts(heights, equal_row_cuts(borders[-1], num_ranks), range(num_ranks))
+            if max(loads_of(equal, [view.rows for view in views])) <= hidden_load:
+                return equal
         cuts = balanced_cuts(_all_rows(views), num_ranks, borders)
         pieces = _pieces(borders, cuts)
         if largest > max(sum(views[view].between(start, stop) for view, start, stop in part) for part in pieces):
@@ -247,6 +249,16 @@ def partition_batch(
         pieces[part].append(_Piece(view, 0, len(views[view].rows)))
     ranks = _ranks_of(pieces, views, affinity)
     return _whole_views(tuple(heights), tuple([ranks[part] for part in parts]), num_ranks)
+
+
+def _whole_parts(totals: Sequence[int], num_ranks: int) -> tuple[list[int], float]:
+    """The part of each view and the largest load; infinite, all in one part, when there are fewer views than ranks."""
+    if len(totals) < num_ranks:
+        return [0] * len(totals), math.inf
+    parts, loads = assign_whole_views(totals, num_ranks), [0] * num_ranks
+    for total, part in zip(totals, parts, strict=True):
+        loads[part] += total
+    return parts, max(loads)
 
 
 def _all_rows(views: Sequence[RowCosts]) -> list[int]:
@@ -293,16 +305,23 @@ def _ranks_of(
 class LoadBalancer:
     """Remembers what each tile row of each view cost, and shares out batches by it. Every rank holds the same one.
 
-    Args: sizes: (width, height) of every view of the scene; num_ranks: W; rule: one of RULES; delay: k, at least 1.
+    Args: sizes: (width, height) of every view of the scene; num_ranks: W; rule: one of RULES; delay: k, at least 1;
+    hidden_load: see `partition_batch`.
     """
 
     def __init__(
-        self, sizes: Sequence[tuple[int, int]], num_ranks: int, *, rule: str = "balanced", delay: int = COST_DELAY
+        self,
+        sizes: Sequence[tuple[int, int]],
+        num_ranks: int,
+        *,
+        rule: str = "balanced",
+        delay: int = COST_DELAY,
+        hidden_load: int = 0,
     ) -> None:
         if delay < 1 or rule not in RULES:
             raise ValueError(f"the delay is {delay} (at least 1) and the rule {rule!r} (one of {', '.join(RULES)})")
         self.heights = tuple(height for _, height in sizes)
-        self.num_ranks, self.rule, self.delay = num_ranks, rule, delay
+        self.num_ranks, self.rule, self.delay, self.hidden_load = num_ranks, rule, delay, hidden_load
         self._widths = tuple(width for width, _ in sizes)
         self._pairs: dict[int, np.ndarray] = {}
         self._owned: dict[int, list[int]] = {}
@@ -320,7 +339,10 @@ class LoadBalancer:
         heights = [self.heights[view] for view in views]
         nobody = [0] * self.num_ranks
         affinity = [self._owned.get(view, nobody) for view in views]
-        return partition_batch(heights, self.row_costs(views), self.num_ranks, rule=self.rule, affinity=affinity)
+        return partition_batch(
+            heights, self.row_costs(views), self.num_ranks,
+            rule=self.rule, affinity=affinity, hidden_load=self.hidden_load,
+        )  # fmt: skip
 
     def costs(self, view: int) -> np.ndarray:
         """(tile rows,) int64 >= 1: pairs when last counted, or the mean density of known views, and the pixels."""

@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -135,6 +135,15 @@ class PixelPartition:
             regions[rank] = _regions_between(heights, bounds[part], bounds[part + 1])
         return cls(tuple(heights), tuple(regions))
 
+    def reordered(self, order: Sequence[int]) -> PixelPartition:
+        """The same regions when the batch's view number k is the one that was number order[k]."""
+        place = {view: k for k, view in enumerate(order)}
+        regions = [
+            tuple(sorted((replace(region, view=place[region.view]) for region in mine), key=lambda region: region.view))
+            for mine in self.regions
+        ]
+        return PixelPartition(tuple(self.heights[view] for view in order), tuple(regions))
+
     def digest(self, step: int, views: Sequence[int]) -> int:
         """63 bits that tell this partition of the `views` of `step` from any other (`require_agreement`)."""
         numbers = [[(r.view, r.tile_start, r.tile_stop) for r in mine] for mine in self.regions]
@@ -144,6 +153,17 @@ class PixelPartition:
     def to_plain(self) -> list[list[list[int]]]:
         """[rank][region] -> [view, tile_start, tile_stop], for logs."""
         return [[[r.view, r.tile_start, r.tile_stop] for r in mine] for mine in self.regions]
+
+
+@lru_cache(256)
+def in_order_of_ranks(partition: PixelPartition) -> tuple[tuple[int, ...], PixelPartition]:
+    """An order of the batch's views in which the first ranks draw the first views, and the regions in that order.
+
+    Whole views of one size, of which each rank draws as many as ever, are then one and the same partition.
+    """
+    first_rank = {region.view: rank for rank, mine in reversed(list(enumerate(partition.regions))) for region in mine}
+    order = tuple(sorted(range(len(partition.heights)), key=lambda view: first_rank[view]))
+    return order, partition.reordered(order)
 
 
 def _regions_between(heights: Sequence[int], start: int, stop: int) -> tuple[Region, ...]:

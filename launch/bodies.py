@@ -25,6 +25,9 @@ STEPS_AHEAD = 4
 STEPS_AHEAD_OF_RANKS = 1
 """The same for ranks that wait for the numbers of rows in every step, by when the step before is done."""
 
+HIDDEN_LOAD = 500_000_000
+"""Pairs of pixel and splat that an H200 draws, forth and back, while its host queues a step launch by launch."""
+
 
 def choose_body(
     backend: str,
@@ -116,6 +119,12 @@ def steps_ahead(body: Body, communicator: Communicator) -> int:
         return 0
     waits = communicator.size > 1 and room_of_windows(body, communicator) is None
     return STEPS_AHEAD_OF_RANKS if waits else STEPS_AHEAD
+
+
+def hidden_load(body: Body) -> int:
+    """Pairs of pixel and splat that a rank draws while its host queues the step; 0 where the host computes itself."""
+    watch = overflow_watch(body)
+    return HIDDEN_LOAD if watch is not None and watch.status.is_cuda else 0
 
 
 @contextmanager

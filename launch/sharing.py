@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from distributed.balance import COST_DELAY, LoadBalancer, RowCosts, loads_of
 from distributed.communicator import Communicator
 from distributed.partition import needs_recut
-from distributed.pixels import PixelPartition
+from distributed.pixels import PixelPartition, in_order_of_ranks
 from distributed.totals import StepNumbers
 from scene.cameras import Camera
 from scene.errors import InputError
@@ -96,21 +96,22 @@ class PixelShares:
         *,
         learns_costs: bool = True,
         delay: int = COST_DELAY,
+        hidden_load: int = 0,
     ) -> None:
         """Args: learns_costs: False keeps every row of tiles at the cost of its pixels (--no_heuristics_update).
 
         delay: steps between counting a cost and using it; numbers that are read some steps late need as many more.
+        hidden_load: see `distributed.balance.partition_batch`.
         """
         self.communicator, self.batches = communicator, batches
         sizes = [(camera.width, camera.height) for camera in cameras]
-        self.balancer = LoadBalancer(sizes, communicator.size, delay=delay)
+        self.balancer = LoadBalancer(sizes, communicator.size, delay=delay, hidden_load=hidden_load)
         self._learns_costs = learns_costs and communicator.size > 1
         self._known: dict[int, _Decision] = {}
 
     def views(self, step: int) -> tuple[int, ...]:
-        """The training views of a step."""
-        known = self._known.get(step)
-        return known.views if known is not None else self.batches.batch(step)
+        """The training views of a step; those that the first ranks draw come first."""
+        return self._decision(step).views
 
     def partition(self, step: int) -> PixelPartition:
         """Who draws what in a step."""
@@ -121,8 +122,9 @@ class PixelShares:
         known = self._known.get(step)
         if known is None:
             self._known = {key: value for key, value in self._known.items() if key >= step - self.balancer.delay}
-            views = self.batches.batch(step)
-            partition = self._decide(step, views)
+            drawn = self.batches.batch(step)
+            order, partition = in_order_of_ranks(self._decide(step, drawn))
+            views = tuple(drawn[place] for place in order)
             known = _Decision(views, partition, self.balancer.row_costs(views) if self._learns_costs else None)
             self._known[step] = known
         return known

@@ -18,7 +18,7 @@ from distributed.transfer import sent_to
 from gaussian_renderer.phases import PhaseTimer, phase_timer
 from gaussian_renderer.step import Batch, StepSettings, StepTools
 from gaussian_renderer.views import KERNEL_ATTRIBUTES, CameraTable
-from launch.bodies import choose_body, overflow_watch, room_of_windows, steps_ahead
+from launch.bodies import choose_body, hidden_load, overflow_watch, room_of_windows, steps_ahead
 from launch.config import TrainConfig, pick, to_plain
 from launch.finetune import rate_factor
 from launch.pruning import choose_strategy
@@ -137,7 +137,7 @@ class Training:
         partition, views = self.pixels.partition(step), self.pixels.views(step)
         if self.config.debug.check_agreement:
             self._check_agreement(step, views)
-        backgrounds = [self.background(step, k) for k in range(len(views))]
+        backgrounds = [self.background(step, view) for view in views]
         photos = []
         for region in partition.regions[self.communicator.rank]:
             height = partition.heights[region.view]
@@ -344,7 +344,10 @@ def pixel_shares(
     """How pixels are shared out over ranks; costs count later where steps are read late."""
     learns_costs = not config.distribution.no_heuristics_update
     delay = COST_DELAY + steps_ahead(body, communicator)
-    return PixelShares(communicator, scene.train, batches, learns_costs=learns_costs, delay=delay)
+    return PixelShares(
+        communicator, scene.train, batches,
+        learns_costs=learns_costs, delay=delay, hidden_load=hidden_load(body),
+    )  # fmt: skip
 
 
 def row_shares(config: TrainConfig, communicator: Communicator) -> RowShares:

@@ -26,7 +26,7 @@ from distributed.balance import (
     smallest_largest_load,
 )
 from distributed.communicator import Communicator
-from distributed.pixels import PixelPartition
+from distributed.pixels import PixelPartition, in_order_of_ranks
 from distributed.simulation import main, read_costs, simulate
 from rank_harness import run_ranks
 
@@ -116,6 +116,37 @@ def test_views_stay_whole_until_one_is_heavy() -> None:
     heavy = partition_batch([32] * 4, arrays([[9, 9], [9, 9], [90, 90], [9, 9]]), 2)
     assert [region.view for region in heavy.regions[0]][-1] == 2 == heavy.regions[1][0].view
     assert [len(regions) for regions in partition_batch([48], arrays([[1, 1, 1]]), 5).regions].count(1) == 3
+
+
+@settings(deadline=None)
+@given(COSTS, RANKS)
+def test_hidden_loads_need_no_balance(costs: list[list[int]], num_ranks: int) -> None:
+    """Views stay whole, or rows are cut equally, as long as that stays hidden; above it nothing changes."""
+    heights, views = heights_of(costs), arrays(costs)
+    usual = partition_batch(heights, views, num_ranks)
+    equal = partition_batch(heights, views, num_ranks, rule="equal_rows")
+    hidden = partition_batch(heights, views, num_ranks, hidden_load=sum(map(sum, costs)) + 1)
+    if len(costs) < num_ranks:
+        assert hidden == equal
+    else:
+        assert hidden.most_regions_of_a_view == 1
+    limit = max(loads_of(equal, views)) - 1
+    if len(costs) < num_ranks:
+        assert partition_batch(heights, views, num_ranks, hidden_load=max(limit, 0)) == usual
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_batches_of_one_kind_are_shared_out_alike(num_ranks: int) -> None:
+    """Recorded steps serve one way of sharing out: sixty random batches of four views have one."""
+    random, ways = np.random.default_rng(5), set()
+    for _ in range(60):
+        costs, affinity = [random.integers(80, 120, 6) for _ in range(4)], random.integers(0, 50, (4, num_ranks))
+        partition = partition_batch([96] * 4, costs, num_ranks, affinity=affinity, hidden_load=10**6)
+        order, ordered = in_order_of_ranks(partition)
+        assert sorted(order) == [0, 1, 2, 3]
+        assert loads_of(ordered, [costs[view] for view in order]) == loads_of(partition, costs)
+        ways.add(ordered)
+    assert len(ways) == 1
 
 
 def test_grendel_moves_cuts_to_borders() -> None:
