@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -121,9 +121,9 @@ class DensityControl:
         parents = torch.nonzero(is_moving & ~is_small).flatten()
         edit = RowEdit.identity(table.ids).keep(~(is_moving & ~is_small))
         edit = edit.append(clones, child_ids(table.ids[clones], event, CLONE_CHILD))
-        for child in SPLIT_CHILDREN:
-            ids = child_ids(table.ids[parents], event, child)
-            edit = edit.append(parents, ids, _split_values(table, parents, ids, event, seed))
+        ids = torch.cat([child_ids(table.ids[parents], event, child) for child in SPLIT_CHILDREN])
+        parents_of = parents.repeat(len(SPLIT_CHILDREN))
+        edit = edit.append(parents_of, ids, _split_values(table, parents_of, ids, event, seed))
         report = EditReport(iteration=event, cloned=len(clones), split=len(parents))
         return self._prune(table, edit, report, seed)
 
@@ -141,13 +141,14 @@ class DensityControl:
             is_masked = self._prune_test(logits, edit.ids, report.iteration, seed)
         remove = spare_best(is_transparent | is_large | is_masked, opacities, edit.ids, self._ranks)
         kept = edit.keep(~remove)
-        report = EditReport(
-            iteration=report.iteration,
-            cloned=report.cloned,
-            split=report.split,
-            pruned_opacity=int((remove & is_transparent).sum()),
-            pruned_size=int((remove & ~is_transparent & is_large).sum()),
-            pruned_mask=int((remove & ~is_transparent & ~is_large).sum()),
+        for_size = ~is_transparent & is_large
+        for_mask = ~is_transparent & ~is_large
+        counts = torch.stack([(remove & reason).sum() for reason in (is_transparent, for_size, for_mask)]).tolist()
+        report = replace(
+            report,
+            pruned_opacity=counts[0],
+            pruned_size=counts[1],
+            pruned_mask=counts[2],
             num_gaussians=len(kept),
         )
         return kept.with_report(report, resets_statistics=True)
