@@ -98,7 +98,7 @@ def train(training: Training, folder: ModelFolder, start: Start) -> bool:
         if training.stop_step < training.num_steps:
             print(f"stopped after {config.optimization.stop_after} of {iterations} images, with a checkpoint")
             return False
-        seconds, count = recorder.end(), recorder.num_gaussians()
+        seconds, count = recorder.end(), recorder.num_kept()
     images, peak = iterations - recorder.untimed_images, recorder.gpu_peak.sentence()
     print(f"trained {images} images in {seconds:.1f} s, {count:,} Gaussians{peak}")
     return True

@@ -34,7 +34,7 @@ from launch.flag_groups_process import (
 )
 from launch.parser import Flag, build_parser, check_value, flags_of, notices_of, parse_given
 from launch.presets import setting_values
-from launch.prune_checks import check_pruning, flags_without_method, scaled_schedules, window_values
+from launch.prune_checks import check_pruning, flags_without_method, masks_without_pull, scaled_schedules, window_values
 from launch.size_price import price_iterations
 from scene.errors import InputError
 from scene.model_folder import ModelFolder, default_model_path
@@ -131,7 +131,8 @@ def parse_train(arguments: Sequence[str], environment: Mapping[str, str] = os.en
     _check_together(config)
     tests = tuple(sorted({*config.logging.test_iterations, *price_iterations(config)}))
     config = dataclasses.replace(config, logging=dataclasses.replace(config.logging, test_iterations=tests))
-    return dataclasses.replace(config, notices=(*notices, *flags_without_method(config)))
+    more = (*flags_without_method(config), *masks_without_pull(config))
+    return dataclasses.replace(config, notices=(*notices, *more))
 
 
 def _preset(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,6 +143,11 @@ def _preset(given: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(
             f"--setting {given['setting']} is a preset of the learned masks and --prune_method {given['prune_method']} "
             "has none; give one of the two"
+        )
+    if given.get("prune_finetune"):
+        raise InputError(
+            f"--setting {given['setting']} is a preset of whole trainings and --prune_finetune has schedules of its "
+            "own; leave it out, and give --lambda_mask for another weight"
         )
     return setting_values(given["setting"])
 

@@ -97,6 +97,20 @@ def flags_without_method(config: TrainConfig) -> list[str]:
     ]
 
 
+def masks_without_pull(config: TrainConfig) -> list[str]:
+    """A sentence when nothing ever pushes the masks towards fewer Gaussians."""
+    mask, last = config.mask, config.optimization.iterations
+    before = trained_before(config)
+    is_pulled = before < mask.mask_until_iter and mask.mask_from_iter <= last
+    if mask.prune_method != "mask" or has_target(config) or is_pulled or mask.lambda_mask == 0:
+        return []
+    return [
+        f"The masks will hardly prune: --lambda_mask {mask.lambda_mask:g} acts from --mask_from_iter "
+        f"{mask.mask_from_iter} to --mask_until_iter {mask.mask_until_iter}, and this training goes from "
+        f"{before + 1} to --iterations {last}. --scale_schedules fits the schedules to its length."
+    ]
+
+
 def _mode(config: TrainConfig) -> str:
     """What decides which kind of its method is meant, for messages."""
     if config.prune.use_importance_mask:
@@ -189,6 +203,11 @@ def _check_windows(config: TrainConfig) -> None:
             f"the mask would be learned from {starts[-1] + 1} to {starts[-1] + length} and --iterations is {last}: "
             "nothing would be pruned. Give --prune_iterations and --train_mask_iters, or --scale_schedules"
         )
+    if length < config.optimization.bsz:
+        raise InputError(
+            f"--train_mask_iters {length} is less than one step of --bsz {config.optimization.bsz}: no mask would be "
+            "learned; give a longer window or a smaller batch"
+        )
     if any(later - earlier < length for earlier, later in zip(starts, starts[1:], strict=False)):
         raise InputError(f"--prune_iterations {starts} are less than --train_mask_iters {length} apart")
     before = trained_before(config)
@@ -226,6 +245,12 @@ def _check_target(config: TrainConfig) -> None:
             f"{method}{_mode(config)}"
         )
     ends = target_start(config)
+    first_prune = min((each for each in prune.prune_use_percent_iterations if each > trained_before(config)), default=0)
+    if method in SCORES and first_prune < ends - 1:
+        raise InputError(
+            f"the prune to the target size, at --prune_use_percent_iterations {first_prune}, would come before density "
+            f"control ends (--densify_until_iter {ends}), and new Gaussians would follow; change one of them"
+        )
     if method == "mask" and config.optimization.iterations - ends < SHORTEST_TARGET:
         raise InputError(
             f"a target size needs {SHORTEST_TARGET} iterations or more after density control: lower "

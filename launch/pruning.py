@@ -15,14 +15,21 @@ from launch.finetune import trained_before
 from masksplat.ops import Body
 from scene.cameras import Camera
 from scene.errors import InputError
+from scene.gaussians import INITIAL_MASK_LOGIT, GaussianTable
 from scene.ply import model_columns
-from strategies.base import CombinedStrategy
+from scene.row_edit import RowEdit
+from strategies.base import CombinedStrategy, spare_best
 from strategies.density import DensityConfig
+from strategies.estimators import straight_through
+from strategies.lp import mask_parameter, untouched_masks
 from strategies.mask import MaskConfig
 from strategies.methods import SCORES, PruneConfig, build_strategy
 
 BYTES_PER_MB = 1e6
 BYTES_PER_NUMBER = 4
+
+LEARNED = ("mask", "compact_3dgs")
+"""Methods whose masks stay in the table between two steps, and in a checkpoint."""
 
 
 def choose_strategy(
@@ -63,3 +70,27 @@ def target_count(config: TrainConfig) -> int:
             "millions of bytes"
         )
     return count
+
+
+def adopt_masks(table: GaussianTable, before: str, now: str, communicator: Communicator) -> list[str]:
+    """Let a training go on with another method than the one that learned the masks in `table`. All ranks.
+
+    What the earlier method would not have saved goes, and every mask begins anew: the same logit means one thing to
+    --prune_method mask and another to compact_3dgs. Returns: a sentence if anything changed.
+    """
+    if before == now or before not in LEARNED:
+        return []
+    logits = table.params["mask_logits"]
+    is_dropped = logits < 0 if before == "mask" else straight_through(mask_parameter(logits)).value == 0
+    is_dropped = spare_best(is_dropped, logits, table.ids, communicator)
+    num_touched, num_dropped = (
+        int(communicator.sum(rows.sum())) for rows in (logits != INITIAL_MASK_LOGIT, is_dropped)
+    )
+    if not num_touched:
+        return []
+    table.apply(RowEdit.identity(table.ids).keep(~is_dropped))
+    table.apply(untouched_masks(table))
+    return [
+        f"The masks were learned by --prune_method {before} and begin anew for {now}; the {num_dropped:,} Gaussians "
+        "that it would not have saved are gone."
+    ]

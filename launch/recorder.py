@@ -105,6 +105,10 @@ class Recorder:
         """Gaussians of all ranks. All ranks."""
         return int(self.training.total(len(self.training.table))[0])
 
+    def num_kept(self) -> int:
+        """Those of them that are evaluated and saved. All ranks."""
+        return int(self.training.total(int(self.training.strategy.keep(self.training.table).sum()))[0])
+
     def is_due(self, window: Window) -> bool:
         """Whether `after_update` or `after_edits` will look at the table of this very step."""
         config = self.training.config

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from distributed.communicator import Communicator, PeerError
@@ -22,6 +23,7 @@ from launch.config import TrainConfig, to_plain
 from launch.finetune import TRAINED_ITERATIONS
 from launch.parser import show_value
 from launch.prune_checks import last_prune
+from launch.pruning import adopt_masks, target_count
 from scene.checkpoint import Checkpoint, fingerprint, load_checkpoint, load_newest
 from scene.checkpoint_import import Imported, import_file, import_grendel_folder, is_grendel_folder
 from scene.checkpoint_manifest import MANIFEST, RunState, read_manifest
@@ -73,13 +75,17 @@ def find_start(config: TrainConfig, folder: ModelFolder, communicator: Communica
         notices += more
     if checkpoint is None and config.prune.start_pointcloud:
         path = Path(config.prune.start_pointcloud).expanduser()
-        checkpoint, more = _adopted(import_model(path, TRAINED_ITERATIONS), path, config, communicator)
+        imported = import_model(path, TRAINED_ITERATIONS, config.model.sh_degree)
+        checkpoint, more = _adopted(imported, path, config, communicator)
         notices += more
     is_in_place = checkpoint is not None and _is_inside(checkpoint.path, folder.checkpoints)
     if checkpoint is not None:
         if not is_in_place:
             checkpoint, more = _to_prune(checkpoint, config)
             notices += more
+            check_size(checkpoint, config, communicator)
+        before = checkpoint.state.config.get("mask", {}).get("prune_method", "mask")
+        notices += adopt_masks(checkpoint.table, before, config.mask.prune_method, communicator)
         check_flags(checkpoint, config, is_in_place=is_in_place)
         notices += [
             f"Going on behind image {checkpoint.state.iteration} from {checkpoint.path}.",
@@ -234,6 +240,17 @@ def _set_aside(place: Path, behind: int) -> list[str]:
     except OSError as error:
         raise InputError(f"{place} holds checkpoints of another training that cannot be moved: {error}") from error
     return [f"{len(later)} checkpoints in {place} are not of the past of this training; they are in {target} now."]
+
+
+def check_size(checkpoint: Checkpoint, config: TrainConfig, communicator: Communicator) -> None:
+    """Raises: InputError when a target size would be missed: its last prune lies before the checkpoint. All ranks."""
+    last, target, done = last_prune(config), target_count(config), checkpoint.state.iteration
+    count = int(communicator.sum(torch.tensor(len(checkpoint.table))))  # all ranks
+    if target and last is not None and done >= last and count > target:
+        raise InputError(
+            f"the last prune to the target size of {target:,} Gaussians would be at iteration {last}, and "
+            f"{checkpoint.path} with {count:,} stands behind {done}: raise --iterations, or give --prune_finetune"
+        )
 
 
 def check_flags(checkpoint: Checkpoint, config: TrainConfig, *, is_in_place: bool) -> None:

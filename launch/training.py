@@ -441,5 +441,9 @@ def initial_table(config: TrainConfig, scene: Scene, *, show_progress: bool) -> 
         return table
     noise = uniform(config.optimization.seed, DROP_STREAM_STEP, table.ids, BACKGROUND, torch.float32)
     keep = noise >= dropped
+    if not bool(keep.any()):
+        raise InputError(
+            f"--drop_initial_3dgs_p {dropped:g} leaves none of the {len(table):,} first Gaussians; give a smaller share"
+        )
     kept = {name: values[keep] for name, values in table.params.items()}
     return GaussianTable.from_arrays(kept, ids=table.ids[keep])

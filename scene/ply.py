@@ -89,7 +89,7 @@ def load_ply(path: Path) -> dict[str, np.ndarray]:
 
     Columns are found by name in any order and of any scalar type; other columns are ignored. The number of f_rest
     columns (0, 9, 24 or 45) gives the SH degree.
-    Raises: InputError for a file that is missing, cut off, no binary ply, without a column, or with a value that is not
+    Raises: InputError for a file that is missing, cut off, no ply, without a column, or with a value that is not
     finite.
     """
     vertices = read_vertices(path)
@@ -123,9 +123,9 @@ def save_point_cloud(path: Path, xyz: np.ndarray, rgb: np.ndarray) -> None:
 
 
 def read_vertices(path: Path) -> np.ndarray:
-    """The vertex element of a binary ply as a structured array (N,), read through a memory map.
+    """The vertex element of a ply as a structured array (N,); of a binary one through a memory map.
 
-    Raises: InputError when the file is missing, no binary ply, or shorter than its header promises.
+    Raises: InputError when the file is missing, no ply, or shorter than its header promises.
     """
     try:
         with Path(path).open("rb") as file:
@@ -134,6 +134,8 @@ def read_vertices(path: Path) -> np.ndarray:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}. Check the path and its permissions.") from error
     layout = _parse_header(path, head)
+    if layout.is_text:
+        return _text_vertices(path, layout)
     needed = layout.offset + layout.count * layout.dtype.itemsize
     if num_bytes < needed:
         raise InputError(
@@ -145,13 +147,42 @@ def read_vertices(path: Path) -> np.ndarray:
     return np.memmap(path, dtype=layout.dtype, mode="r", offset=layout.offset, shape=(layout.count,))
 
 
+def _text_vertices(path: Path, layout: _Layout) -> np.ndarray:
+    """The vertices of an ascii ply, a line each."""
+    names = layout.dtype.names or ()
+    with Path(path).open("rb") as file:
+        file.seek(layout.offset)
+        lines = list(itertools.islice(file, layout.lines_before, layout.lines_before + layout.count))
+    if len(lines) < layout.count:
+        raise InputError(
+            f"{path} is cut off: its header promises {layout.count} vertices, but only {len(lines)} lines are there. "
+            "Copy or save it again."
+        )
+    vertices = np.empty(layout.count, layout.dtype)
+    try:
+        rows = np.loadtxt(lines, ndmin=2) if lines else np.empty((0, len(names)))
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused as not finite
+            for name, column in zip(names, rows.T, strict=True):
+                vertices[name] = column
+    except ValueError as error:
+        raise InputError(
+            f"{path}: not every vertex is a line of {len(names)} numbers ({error}). Copy or save it again."
+        ) from error
+    return vertices
+
+
 @dataclass(frozen=True)
 class _Layout:
-    """Where and how the vertices of a file lie."""
+    """Where and how the vertices of a file lie. offset: where they begin; of a text, where the data begin.
+
+    lines_before: lines of a text between that and the vertices.
+    """
 
     offset: int
     count: int
     dtype: np.dtype
+    is_text: bool = False
+    lines_before: int = 0
 
 
 @dataclass(frozen=True)
@@ -166,14 +197,18 @@ class _Element:
 def _parse_header(path: Path, head: bytes) -> _Layout:
     """The layout of the vertices; every line that is not understood is an error."""
     lines, offset = _header_lines(path, head)
-    byte_order = _byte_order(path, lines)
+    is_text = ["format", "ascii", "1.0"] in lines
+    byte_order = "<" if is_text else _byte_order(path, lines)
     elements = _elements(path, lines)
     vertex_index = next((index for index, element in enumerate(elements) if element.name == "vertex"), None)
     if vertex_index is None:
         raise InputError(f"{path} has no element 'vertex'; it holds no points. Give a point_cloud.ply.")
+    vertex = elements[vertex_index]
+    if is_text:
+        lines_before = sum(element.count for element in elements[:vertex_index])
+        return _Layout(offset, vertex.count, _dtype(path, vertex, byte_order), True, lines_before)
     for element in elements[:vertex_index]:
         offset += element.count * _dtype(path, element, byte_order).itemsize
-    vertex = elements[vertex_index]
     return _Layout(offset, vertex.count, _dtype(path, vertex, byte_order))
 
 
@@ -200,8 +235,6 @@ def _byte_order(path: Path, lines: list[list[str]]) -> str:
     formats = [words[1:] for words in lines if words[:1] == ["format"]]
     if len(formats) == 1 and len(formats[0]) == 2 and formats[0][0] in _BYTE_ORDERS:
         return _BYTE_ORDERS[formats[0][0]]
-    if formats and formats[0][:1] == ["ascii"]:
-        raise InputError(f"{path} is an ascii ply; only binary ply files are read. Convert it, e.g. with MeshLab.")
     raise InputError(f"{path} has no valid 'format' line in its header. Save it again as binary_little_endian.")
 
 

@@ -37,10 +37,10 @@ def gumbel_sigmoid(x: Tensor, noise: Tensor, temperature: float) -> Factor:
     return Factor(value, value * (1 - value) / temperature)
 
 
-def straight_through(x: Tensor) -> Factor:
-    """1 where sigma(x) > 0.01 and else 0, with the slope of sigma(x); Compact-3DGS eq. 4."""
+def straight_through(x: Tensor, threshold: float = STRAIGHT_THROUGH_THRESHOLD) -> Factor:
+    """1 where sigma(x) > threshold and else 0, with the slope of sigma(x); Compact-3DGS eq. 4."""
     probability = torch.sigmoid(x)
-    return Factor((probability > STRAIGHT_THROUGH_THRESHOLD).to(x.dtype), probability * (1 - probability))
+    return Factor((probability > threshold).to(x.dtype), probability * (1 - probability))
 
 
 def mean_gumbel_sigmoid(x: Tensor, temperature: float) -> Tensor:

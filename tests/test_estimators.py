@@ -38,3 +38,4 @@ def test_straight_through_is_hard_with_a_soft_slope() -> None:
     assert found.value.tolist() == [0, 1, 0, 1, 1]
     soft = torch.sigmoid(x)
     torch.testing.assert_close(found.slope, soft * (1 - soft))
+    assert straight_through(torch.tensor([-1e-3, 0.0, 1e-3], dtype=DTYPE), 0.5).value.tolist() == [0, 0, 1]

@@ -21,6 +21,7 @@ from launch.config import TrainConfig
 from launch.finetune import rate_factor, trained_before
 from launch.log_reader import read_log
 from launch.prune_checks import last_prune
+from launch.pruning import adopt_masks
 from launch.training import build_training
 from scene.checkpoint import load_checkpoint
 from scene.errors import InputError
@@ -133,13 +134,56 @@ def test_a_ply_becomes_rows_without_history(tmp_path: Path, degree: int) -> None
     arrays = {spec.name: rng.normal(size=(7, *spec.shape)).astype(np.float32) for spec in attributes_for(degree)}
     table = GaussianTable.from_arrays(arrays)
     save_ply(tmp_path / "a.ply", table.params)
-    found = import_model(tmp_path / "a.ply", 30_000)
+    found = import_model(tmp_path / "a.ply", 30_000, degree)
     assert found.iteration == 30_000 and np.isnan(found.extent) and found.table.num_updates == 0
     for name, values in table.params.items():
         expected = torch.full_like(values, 9.0) if name == "mask_logits" else values
         assert torch.equal(found.table.params[name], expected), name
     assert found.table.ids.tolist() == list(range(7))
     assert all(not values.any() for values in found.table.exp_avg.values())
+
+
+def test_a_ply_of_a_lower_degree_gets_room(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    arrays = {spec.name: rng.normal(size=(7, *spec.shape)).astype(np.float32) for spec in attributes_for(1)}
+    save_ply(tmp_path / "a.ply", GaussianTable.from_arrays(arrays).params)
+    found = import_model(tmp_path / "a.ply", 30_000, 3)
+    assert found.table.sh_degree == 3 and "those that it lacks begin at 0" in found.notices[0]
+    assert np.array_equal(found.table.params["shN"][:, :3].numpy(), arrays["shN"])
+    assert not found.table.params["shN"][:, 3:].any()
+    assert import_model(tmp_path / "a.ply", 30_000, 0).table.sh_degree == 1  # refused later, with the flag to give
+
+
+@pytest.mark.parametrize(("before", "now"), [("mask", "compact_3dgs"), ("compact_3dgs", "mask"), ("mask", "rad_splat")])
+def test_masks_of_another_method_begin_anew(before: str, now: str) -> None:
+    """One logit means a probability to one method and a hard mask to the other: misread, most Gaussians would go."""
+    arrays = {spec.name: np.zeros((6, *spec.shape), np.float32) for spec in attributes_for(0)}
+    arrays["mask_logits"] = np.array([9.0, 5.0, 3.0, 0.5, -0.5, -9.0], np.float32)
+    table = GaussianTable.from_arrays(arrays)
+    notices = adopt_masks(table, before, now, Communicator())
+    saved = [0, 1, 2, 3] if before == "mask" else [0, 1]  # by compact_3dgs: sigma(logit - 8) > 0.01
+    assert table.ids.tolist() == saved and table.params["mask_logits"].tolist() == [9.0] * len(saved)
+    assert f"learned by --prune_method {before} and begin anew for {now}; the {6 - len(saved)} Gaussians" in notices[0]
+    assert adopt_masks(table, before, now, Communicator()) == []
+
+
+def test_the_same_method_goes_on_with_its_masks() -> None:
+    arrays = {spec.name: np.zeros((2, *spec.shape), np.float32) for spec in attributes_for(0)}
+    arrays["mask_logits"] = np.array([3.0, -1.0], np.float32)
+    for method in ("mask", "compact_3dgs"):
+        table = GaussianTable.from_arrays(arrays)
+        assert adopt_masks(table, method, method, Communicator()) == []
+        assert table.params["mask_logits"].tolist() == [3.0, -1.0]
+
+
+def test_a_target_that_is_past_is_refused(any_scene: Path, tmp_path: Path) -> None:
+    common = ["-s", str(any_scene), "--eval", "--quiet", "--no_report", "--test_iterations"]
+    first = ["--prune_method", "3dgs", "--iterations", "60", "--checkpoint_iterations", "60"]
+    assert train.main([*common, "-m", str(tmp_path / "a"), *first]) == 0
+    start = ["--start_checkpoint", str(tmp_path / "a"), "--iterations", "80", "--densify_until_iter", "10"]
+    with pytest.raises(InputError, match=r"the last prune to the target size of 5 Gaussians would be at iteration 45"):
+        train.main([*common, "-m", str(tmp_path / "b"), *start, "--target_gaussians", "5"])
+    assert train.main([*common, "-m", str(tmp_path / "c"), *start, "--target_gaussians", "900000"]) == 0
 
 
 @pytest.mark.parametrize("num_processes", [1, 3])
@@ -175,9 +219,9 @@ def test_a_ply_without_gaussians_is_refused(tmp_path: Path) -> None:
     arrays = {spec.name: np.empty((0, *spec.shape), np.float32) for spec in attributes_for(3)}
     save_ply(tmp_path / "a.ply", GaussianTable.from_arrays(arrays).params)
     with pytest.raises(InputError, match="holds no Gaussian"):
-        import_model(tmp_path / "a.ply", 30_000)
+        import_model(tmp_path / "a.ply", 30_000, 3)
     with pytest.raises(InputError, match="b.ply"):
-        import_model(tmp_path / "b.ply", 30_000)
+        import_model(tmp_path / "b.ply", 30_000, 3)
 
 
 def test_a_shorter_training_of_ours_counts_as_a_whole_one(any_scene: Path, tmp_path: Path) -> None:

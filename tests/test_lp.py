@@ -234,7 +234,7 @@ def test_scores_that_are_all_zero_are_an_error() -> None:
 
 
 def test_straight_through_on_the_score() -> None:
-    """The ablation of the paper's Table 4: hard factors, pruned where they are 0; opacities stay."""
+    """The ablation of the paper's Table 4: hard factors, pruned where they are 0, low scores too; opacities stay."""
     config = LearnedMaskConfig((START,), LENGTH, lambda_mask=0.02, estimator="ste")
     table, masks = make_table(), strategy(Scores(), config=config)
     train(masks, table, START + 1, START + LENGTH - 1, gradient=lambda ids: 1.0 - 2.0 * (ids % 2).double())
@@ -242,6 +242,8 @@ def test_straight_through_on_the_score() -> None:
     assert gate is not None and gate.opacity_factor is not None and gate.scale_factor is None
     assert set(gate.opacity_factor.tolist()) <= {0.0, 1.0}
     kept = (gate.opacity_factor == 1) & (table.statistics[IMPORTANCE] > 0)
+    low = table.statistics[IMPORTANCE] < table.statistics[IMPORTANCE].median()
+    assert bool((~kept & low & (table.statistics[IMPORTANCE] > 0)).any())
     opacities, ids = table.params["opacities"].clone(), table.ids.clone()
     train(masks, table, START + LENGTH, START + LENGTH, gradient=lambda ids: torch.zeros(len(ids), dtype=torch.float64))
     assert set(table.ids.tolist()) <= set(ids[kept].tolist())

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,15 @@ def model_bytes(tmp_path: Path) -> bytes:
     return (tmp_path / "good.ply").read_bytes()
 
 
+def text_of(good: bytes) -> bytes:
+    """The same model as an ascii ply, as plyfile writes it."""
+    data = plyfile.PlyData.read(io.BytesIO(good))
+    data.text = True
+    out = io.BytesIO()
+    data.write(out)
+    return out.getvalue()
+
+
 HOSTILE = {
     "not a ply": (lambda good: b"PK\x03\x04" + good, "does not begin with 'ply'"),
     "empty": (lambda good: b"", "does not begin with 'ply'"),
@@ -183,7 +193,10 @@ HOSTILE = {
     "overlong count": (lambda good: good.replace(b"vertex 4", b"vertex " + b"9" * 5000), "not understood"),
     "negative count": (lambda good: good.replace(b"vertex 4", b"vertex -4"), "not understood"),
     "no number": (lambda good: good.replace(b"vertex 4", b"vertex four"), "not understood"),
-    "ascii": (lambda good: good.replace(b"binary_little_endian", b"ascii"), "ascii ply"),
+    "ascii": (lambda good: good.replace(b"binary_little_endian", b"ascii"), "cut off|line of 62 numbers"),
+    "cut text": (lambda good: text_of(good)[:-400], "line of 62 numbers"),
+    "text without lines": (lambda good: b"\n".join(text_of(good).split(b"\n")[:-3]), "only 2 lines are there"),
+    "text with a word": (lambda good: text_of(good)[:-5] + b"nine\n", "line of 62 numbers"),
     "unknown format": (lambda good: good.replace(b"binary_little_endian", b"binary_middle"), "'format' line"),
     "no format": (lambda good: good.replace(b"format binary_little_endian 1.0\n", b""), "'format' line"),
     "no vertices": (lambda good: good.replace(b"element vertex", b"element face"), "no element 'vertex'"),
@@ -209,6 +222,20 @@ def test_hostile_files_are_refused_with_their_name_and_cause(tmp_path: Path, cas
         load_ply(path)
     assert "hostile.ply" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_text_is_read_as_its_numbers(tmp_path: Path) -> None:
+    """With a list of faces before the vertices, as some exporters write them."""
+    good = model_bytes(tmp_path)
+    text = text_of(good)
+    faces = b"element face 2\nproperty list uchar int vertex_indices\n"
+    text = text.replace(b"element vertex", faces + b"element vertex", 1).replace(
+        b"end_header\n", b"end_header\n3 0 1 2\n4 0 1 2 3\n", 1
+    )
+    (tmp_path / "text.ply").write_bytes(text)
+    found, expected = load_ply(tmp_path / "text.ply"), load_ply(tmp_path / "good.ply")
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-6, err_msg=name)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -61,6 +61,15 @@ def parsed(command: str) -> TrainConfig:
         ("--prune_method rad_splat --use_importance_mask --target_mb 1", "not with rad_splat --use_importance_mask"),
         ("--iterations 15010 --target_gaussians 100", "needs 20 iterations or more after density control"),
         ("--prune_method rad_splat --gumbel_temp 0", "--gumbel_temp 0.0 is impossible"),
+        (
+            "--prune_method rad_splat --use_importance_mask --bsz 4 --train_mask_iters 3",
+            "--train_mask_iters 3 is less than one step of --bsz 4: no mask would be learned",
+        ),
+        (
+            "--prune_method rad_splat --target_mb 20 --densify_until_iter 25000",
+            "--prune_use_percent_iterations 20000, would come before density control ends (--densify_until_iter 25000)",
+        ),
+        ("--setting gamma --prune_finetune --start_pointcloud a.ply", "--setting gamma is a preset of whole trainings"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(command: str, sentence: str) -> None:
@@ -82,6 +91,18 @@ def test_what_does_not_fit_together_is_refused(command: str, sentence: str) -> N
 )
 def test_what_a_method_does_not_read_is_said(command: str, names: list[str]) -> None:
     assert [notice.split()[0] for notice in parsed(command).notices] == [f"--{name}" for name in names]
+
+
+@pytest.mark.parametrize("command", ["--setting alpha", "--mask_from_iter 8000", "--mask_until_iter 0"])
+def test_masks_that_nothing_pulls_are_said(command: str) -> None:
+    assert "masks will hardly prune" in parsed(f"{command} --iterations 7000").notices[-1]
+
+
+@pytest.mark.parametrize(
+    "command", ["", "--setting alpha --scale_schedules", "--lambda_mask 0 --mask_from_iter 8000", "--prune_method 3dgs"]
+)
+def test_masks_that_are_pulled_or_not_meant_to_be_are_not(command: str) -> None:
+    assert not parsed(f"{command} --iterations 7000").notices
 
 
 def test_schedules_follow_the_length_when_asked() -> None:
