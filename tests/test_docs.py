@@ -155,3 +155,10 @@ def test_the_readme_has_commands_to_check() -> None:
 def test_pictures_are_small_enough_for_a_checkout() -> None:
     pictures = [path for path in (ROOT / "docs").rglob("*") if path.suffix in (".png", ".jpg", ".svg", ".gif")]
     assert sum(path.stat().st_size for path in pictures) < 3_000_000
+
+
+def test_flags_of_our_own_are_listed_in_parity() -> None:
+    line = re.search(r"Flags of train.py that no predecessor has: (.*?)\n\n", text_of("docs/parity.md"), re.DOTALL)
+    assert line is not None
+    listed = {word.lstrip("-") for word in code_words(line[1])}
+    assert listed == {flag.name for flag in train_flags() if flag.spec.source == "ours"}
