@@ -135,6 +135,36 @@ def test_the_host_never_waits_in_a_step(
     assert training.table.num_updates == 60
 
 
+METHODS = {
+    "masks": (),
+    "a size by masks": ("--target_gaussians", "600"),
+    "a size by a score": ("--prune_method", "rad_splat", "--target_gaussians", "600"),
+    "a share by chance": ("--prune_method", "mini_splatting", "--prune_percent", ".5"),
+    "learned": ("--prune_method", "rad_splat", "--use_importance_mask"),
+    "published": ("--prune_method", "mini_splatting", "--use_importance_mask", "--lp_compat"),
+    "hard": ("--prune_method", "mini_splatting", "--use_importance_mask", "--mask_estimator", "ste"),
+    "Compact-3DGS": ("--prune_method", "compact_3dgs", "--mask_lr", ".3", "--lambda_mask", ".05"),
+    "on opacity and scale": ("--prune_method", "compact_3dgs", "--mask_estimator", "gumbel"),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_prunes_on_a_gpu_as_on_a_cpu(generated_scene: Path, tmp_path: Path, method: str) -> None:
+    make_launcher(DEVICE)  # skips where there is none
+    flags = ("-s", str(generated_scene), "--eval", "--iterations", "300", "--quiet", "--no_report")
+    flags = (*flags, "--densify_from_iter", "60", "--densify_until_iter", "140", "--log_interval", "50")
+    flags = (*flags, "--prune_iterations", "180", "--train_mask_iters", "60", "--prune_use_percent_iterations", "200")
+    counts, psnr = {}, {}
+    for backend in ("cuda", "cpu"):
+        target = tmp_path / backend
+        assert train.main([*flags, *METHODS[method], "-m", str(target), "--backend", backend]) == 0
+        logged = [each for each in records_of(ModelFolder.open(target), "evaluation") if each["split"] == "test"][-1]
+        counts[backend], psnr[backend] = logged["num_gaussians"], logged["psnr"]
+    assert counts["cuda"] == pytest.approx(counts["cpu"], rel=0.0 if "size" in method else 0.1)
+    assert psnr["cuda"] == pytest.approx(psnr["cpu"], abs=1.5)  # another summation order, amplified by 300 steps
+
+
 @pytest.mark.gpu
 def test_a_training_on_a_gpu_from_end_to_end(generated_scene: Path, tmp_path: Path) -> None:
     """train.py --backend cuda with everything that follows; a model as good as the CPU's."""

@@ -48,7 +48,8 @@ class Setting:
 
     windows: steps before which the windows of all ranks do. snug: steps before which regions of all ranks get room for
     no more than they needed so far. is_recorded: steps are recorded, and replayed until the table changes; what becomes
-    too small is noticed in those that are recorded anew. flags: besides FLAGS.
+    too small is noticed in those that are recorded anew. flags: besides FLAGS. balances: views are cut by what they
+    cost, on GPUs, too, where so small a scene would be shared out without a look at costs.
     """
 
     method: str = "mask"
@@ -58,6 +59,7 @@ class Setting:
     snug: Collection[int] = ()
     flags: tuple[str, ...] = ()
     is_recorded: bool = False
+    balances: bool = True
 
     @property
     def ahead(self) -> int:
@@ -108,6 +110,8 @@ def trained(world: Communicator, source: Path, target: Path, setting: Setting) -
     with pytest.MonkeyPatch.context() as patch, exchanged_by(launcher):
         patch.setattr(launch.training, "choose_body", lambda *_, **__: CudaBody(launcher=launcher))
         patch.setattr(train, "train_step", watched_step)
+        if setting.balances:
+            patch.setattr(launch.training, "hidden_load", lambda _: 0)
         maker = maker_for(launcher) if setting.is_recorded else None
         record_with(patch, maker)
         training = build_training(config, world, show_progress=False, checkpoint=start.checkpoint)
@@ -229,10 +233,19 @@ def test_recorded_steps_of_ranks_leave_the_same_bits(generated_scene: Path, tmp_
 
 
 @pytest.mark.gpu
-def test_recorded_steps_of_gpus_leave_the_same_bits(generated_scene: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [(), ("--bsz", "1")])
+def test_recorded_steps_of_gpus_leave_the_same_bits(
+    generated_scene: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    """Whole views, and one view in equal rows: every step between two edits is of one kind."""
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs two GPUs, found {torch.cuda.device_count()}")
-    settings = {"queued": Setting(), "smooth": Setting(is_recorded=True), "rough": RECORDED}
+    plain = Setting(flags=flags, balances=False)
+    settings = {
+        "queued": plain,
+        "smooth": replace(plain, is_recorded=True),
+        "rough": replace(RECORDED, flags=flags, balances=False),
+    }
     queued, smooth, rough = [
         run_ranks(trained, 2, generated_scene, tmp_path / name, setting, device_type="cuda", seconds=240.0)
         for name, setting in settings.items()
