@@ -137,8 +137,8 @@ def test_the_host_never_waits_in_a_step(
 
 METHODS = {
     "masks": (),
-    "a size by masks": ("--target_gaussians", "600"),
-    "a size by a score": ("--prune_method", "rad_splat", "--target_gaussians", "600"),
+    "a size by masks": ("--target_gaussians", "80"),
+    "a size by a score": ("--prune_method", "rad_splat", "--target_gaussians", "80"),
     "a share by chance": ("--prune_method", "mini_splatting", "--prune_percent", ".5"),
     "learned": ("--prune_method", "rad_splat", "--use_importance_mask"),
     "published": ("--prune_method", "mini_splatting", "--use_importance_mask", "--lp_compat"),
@@ -161,7 +161,7 @@ def test_every_method_prunes_on_a_gpu_as_on_a_cpu(generated_scene: Path, tmp_pat
         assert train.main([*flags, *METHODS[method], "-m", str(target), "--backend", backend]) == 0
         logged = [each for each in records_of(ModelFolder.open(target), "evaluation") if each["split"] == "test"][-1]
         counts[backend], psnr[backend] = logged["num_gaussians"], logged["psnr"]
-    assert counts["cuda"] == pytest.approx(counts["cpu"], rel=0.0 if "size" in method else 0.1)
+    assert counts["cuda"] == pytest.approx(counts["cpu"], rel=0.0 if "size" in method else 0.15)
     assert psnr["cuda"] == pytest.approx(psnr["cpu"], abs=1.5)  # another summation order, amplified by 300 steps
 
 
