@@ -74,6 +74,11 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 """Settings alpha, beta and gamma of MaskGaussian, LP-3DGS with both scores, Compact-3DGS, pruning of a share, and
 MaskGaussian's pruning of a trained model."""
 
+PROTOCOL_FLAGS: Mapping[tuple[str, str], tuple[str, ...]] = MappingProxyType(
+    {("nerf_synthetic", "compact_3dgs"): ("--lambda_mask", "4e-3", "--mask_lr", "1e-3")}
+)
+"""Flags of a method on one benchmark alone: Compact-3DGS's values for NeRF-synthetic, which LP-3DGS has, too."""
+
 USUAL_METHODS = ("3dgs", "alpha", "beta", "gamma", "rad_splat", "mini_splatting", "compact_3dgs", "post")
 
 

@@ -28,6 +28,7 @@ from launch.finetune import TRAINED_ITERATIONS
 from launch.machine import available_cores
 from launch.protocols import (
     METHODS,
+    PROTOCOL_FLAGS,
     PROTOCOLS,
     USUAL_METHODS,
     BenchmarkScene,
@@ -92,7 +93,8 @@ class Run:
     @property
     def flags(self) -> list[str]:
         """The flags of train.py that decide the result, but for the base's model; later ones win."""
-        flags = [*self.scene.flags, *self.suite.flags, *self.method.flags, "--seed", str(self.seed)]
+        flags = [*self.scene.flags, *PROTOCOL_FLAGS.get((self.scene.protocol, self.method.name), ())]
+        flags += [*self.suite.flags, *self.method.flags, "--seed", str(self.seed)]
         if self.method.base:
             last = TRAINED_ITERATIONS + self.suite.post_iterations
             flags += ["--no_scale_schedules", "--iterations", str(last)]

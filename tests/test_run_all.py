@@ -151,6 +151,26 @@ def test_every_scene_with_every_method_and_seed_and_one_table(
         main([*own, "--", "--iterations", "800"])
 
 
+def test_compact_3dgs_has_its_own_values_on_nerf_synthetic(data: Path, tmp_path: Path) -> None:
+    (data / "lego").mkdir()
+    (data / "truck").mkdir()
+    command = ["--data", str(data), "-o", str(tmp_path), "--protocol", "nerf_synthetic", "tanks_and_temples"]
+    command += ["--scenes", "lego", "truck", "--methods", "compact_3dgs", "beta", "--gpus"]
+
+    def values(*flags: str) -> dict[tuple[str, str], tuple[float, float]]:
+        configs = {run: parse_train([*run.flags, "-s", "data"]).mask for run in parse([*command, *flags]).runs}
+        return {(run.scene.name, run.method.name): (mask.lambda_mask, mask.mask_lr) for run, mask in configs.items()}
+
+    usual = (5e-4, 0.01)
+    assert values() == {
+        ("lego", "compact_3dgs"): (4e-3, 1e-3),
+        ("lego", "beta"): usual,
+        ("truck", "compact_3dgs"): usual,
+        ("truck", "beta"): usual,
+    }
+    assert values("--", "--lambda_mask", "0.002")[("lego", "compact_3dgs")] == (0.002, 1e-3), "what is given wins"
+
+
 def test_a_failure_stops_what_starts_from_it_and_nothing_else(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
