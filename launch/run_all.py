@@ -4,6 +4,7 @@
     python -m launch.run_all --protocol mipnerf360 tanks_and_temples deep_blending --data DATA -o OUT
     python -m launch.run_all --data DATA/fox DATA/garden -o OUT --methods 3dgs beta rad_splat --seeds 0 1 2
     python -m launch.run_all --data DATA/fox -o OUT --add small "--target_mb 20" -- --iterations 7000 --scale_schedules
+    python -m launch.run_all --data DATA/fox -o OUT --add postrad "--prune_finetune --prune_method rad_splat"
 
 What stands behind `--` goes to every train.py. Each run has a folder OUT/SCENE/METHOD-SEED with its train.log. A GPU
 has one run at a time; without GPUs, --jobs runs share the cores. Stopped and started again, finished runs are not
@@ -94,11 +95,11 @@ class Run:
     def flags(self) -> list[str]:
         """The flags of train.py that decide the result, but for the base's model; later ones win."""
         flags = [*self.scene.flags, *PROTOCOL_FLAGS.get((self.scene.protocol, self.method.name), ())]
-        flags += [*self.suite.flags, *self.method.flags, "--seed", str(self.seed)]
+        flags += self.suite.flags
         if self.method.base:
             last = TRAINED_ITERATIONS + self.suite.post_iterations
             flags += ["--no_scale_schedules", "--iterations", str(last)]
-        return flags
+        return [*flags, *self.method.flags, "--seed", str(self.seed)]
 
     def command(self, threads: int) -> list[str]:
         """The call of train.py; an unfinished run goes on where it was."""
@@ -244,13 +245,11 @@ def parse(arguments: Sequence[str]) -> Suite:
     parser.add_argument("--scenes", nargs="+", default=(), help="only these scenes of the benchmarks")
     parser.add_argument("--methods", nargs="+", default=USUAL_METHODS, metavar="NAME",
                         help=f"of {', '.join(METHODS)} [{' '.join(USUAL_METHODS)}]")  # fmt: skip
-    parser.add_argument(
-        "--add", nargs=2, action="append", default=[], metavar=("NAME", "FLAGS"), help="one more method"
-    )
+    parser.add_argument("--add", nargs=2, action="append", default=[], metavar=("NAME", "FLAGS"),
+                        help="one more method; with --prune_finetune it starts from 3dgs, as post")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,), help="seeds; the table has means and spreads [0]")
-    parser.add_argument(
-        "--post_iterations", type=int, default=5000, help="length of post, after the base [%(default)s]"
-    )
+    parser.add_argument("--post_iterations", type=int, default=5000,
+                        help="length of what starts from 3dgs, behind its end [%(default)s]")  # fmt: skip
     parser.add_argument("--gpus", nargs="*", metavar="N", help="GPUs to use, one run each [all]; none: the CPU")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once on the CPU [%(default)s]")
     own, flags = split_arguments(arguments)

@@ -20,7 +20,7 @@ OF_OTHERS = {
     *("--standalone", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint"),  # torchrun
     *("--headless", "--hide-scrollbars", "--no-sandbox", "--screenshot", "--window-size", "--virtual-time-budget"),
     *("--views", "--output", "--architecture"),  # our modules outside the three scripts
-    *("--protocol", "--data", "--methods", "--seeds", "--add", "--gpus", "--jobs"),  # launch.run_all
+    *("--protocol", "--data", "--methods", "--seeds", "--add", "--post_iterations", "--gpus", "--jobs"),  # run_all
 }
 WRITTEN = re.compile(r"(demo-output|output|checkpoints|point_cloud|sparse|images|FOLDER|MODEL|OUT|tests/test_MODULE)\b")
 """Beginnings of paths that the program writes or that belong to the user."""

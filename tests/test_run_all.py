@@ -151,6 +151,36 @@ def test_every_scene_with_every_method_and_seed_and_one_table(
         main([*own, "--", "--iterations", "800"])
 
 
+def test_an_added_method_finetunes_the_model_of_3dgs(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, out = stand_in(monkeypatch), tmp_path / "out"
+    added = ["--add", "postrad", "--prune_finetune --prune_method rad_splat --prune_percent 0.6 --iterations 33000"]
+    command = ["--data", str(data / "fox"), "-o", str(out), "--methods", "beta", *added, "--gpus"]
+    assert main([*command, "--", "--iterations", "700", "--scale_schedules"]) == 0
+    assert [name for name, _ in made.trained] == ["fox/3dgs-0", "fox/beta-0", "fox/postrad-0"]
+    call = next(call for call in made.calls if "fox/postrad-0" in " ".join(call) and "train.py" in call[1])
+    config = parse_train(call[2:])
+    assert config.prune.start_pointcloud == str(out / "fox/3dgs-0/point_cloud/iteration_700/point_cloud.ply")
+    assert config.optimization.iterations == 33_000, "its own length wins over --post_iterations"
+    assert config.prune.prune_use_percent_iterations == (30_001,) and config.notices == ()
+
+
+def test_which_added_methods_have_a_base() -> None:
+    flags = {
+        "short": "--prune_fine",
+        "none": "--prune_finetune --no_prune_finetune",
+        "own": "--prune_finetune --start_pointcloud a.ply",
+        "saved": "--prune_finetune --start_checkpoint a.pth",
+    }
+    found = {method.name: method.base for method in methods_of((), tuple(flags.items()))}
+    assert found == {"3dgs": "", "short": "3dgs", "none": "", "own": "", "saved": ""}
+    with pytest.raises(InputError, match=r"--add mine: .*--prune_finetoon.* Did you mean --prune_finetune\?"):
+        methods_of((), (("mine", "--prune_finetoon"),))
+    with pytest.raises(InputError, match="--add mine: No closing quotation"):
+        methods_of((), (("mine", "'--bsz"),))
+
+
 def test_compact_3dgs_has_its_own_values_on_nerf_synthetic(data: Path, tmp_path: Path) -> None:
     (data / "lego").mkdir()
     (data / "truck").mkdir()
@@ -300,14 +330,16 @@ def test_rows_compare_with_the_scene_unpruned_and_means_need_every_scene() -> No
 
 @pytest.mark.slow
 def test_a_suite_for_real(tiny_fox: Path, tmp_path: Path) -> None:
-    """Two runs at once on the CPU, the second from the first's model, and the frame rate of both."""
+    """Two runs at once on the CPU, two more from the first's model, and the frame rate of all."""
     command = ["--data", str(tiny_fox), "-o", str(tmp_path), "--methods", "beta", "post", "--jobs", "2", "--gpus"]
+    command += ["--add", "postrad", "--prune_finetune --prune_method rad_splat --prune_percent 0.6"]
     flags = ["--", "--iterations", "40", "--no_report"]
     assert main([*command, "--post_iterations", "20", *flags]) == 0
     rows = {row["method"]: row["measures"] for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
-    assert set(rows) == {"3dgs", "beta", "post"}
+    assert set(rows) == {"3dgs", "beta", "post", "postrad"}
     for measures in rows.values():
         assert (
             measures["FPS"]["mean"] > 1 and measures["PSNR (dB)"]["mean"] > 5 and measures["peak (GB)"]["mean"] > 0.05
         )
     assert rows["post"]["PSNR (dB)"]["mean"] > rows["3dgs"]["PSNR (dB)"]["mean"]
+    assert rows["postrad"]["Gaussians"]["mean"] == pytest.approx(0.4 * rows["3dgs"]["Gaussians"]["mean"], abs=1)
