@@ -16,15 +16,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from launch.children import POLL_SECONDS, Children
 from launch.finetune import TRAINED_ITERATIONS
 from launch.machine import available_cores
 from launch.protocols import (
@@ -47,8 +47,6 @@ from scene.model_folder import ModelFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSOLE = "console.log"
-EXIT_TERMINATED = 143
-POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -130,9 +128,8 @@ class Schedule:
     failures: dict[Path, str] = field(default_factory=dict)
     _waiting: list[Run] = field(default_factory=list)
     _done: set[Path] = field(default_factory=set)
-    _processes: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    _children: Children = field(default_factory=Children)
     _change: threading.Condition = field(default_factory=threading.Condition)
-    _is_stopped: bool = False
 
     def run(self) -> None:
         """Run everything that is not finished yet. Raises: InputError for a folder of other flags, before any run."""
@@ -147,15 +144,7 @@ class Schedule:
             print(f"{len(self.results)} runs are finished already", flush=True)
         self._write()
         places = self.suite.gpus or tuple("" for _ in range(self.suite.jobs))
-        with ThreadPoolExecutor(len(places), thread_name_prefix="runs") as pool:
-            try:
-                working = {pool.submit(self._work, place) for place in places}
-                while working:
-                    ended, working = wait(working, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-                    for worker in ended:
-                        worker.result()
-            finally:
-                self._stop()
+        self._children.work(*(partial(self._work, place) for place in places))
 
     def _work(self, gpu: str) -> None:
         """Take one run after another on one GPU ("": on the CPU)."""
@@ -171,7 +160,7 @@ class Schedule:
                     self.results.append(result)
                     self._done.add(run.folder)
                     print(f"finished  {run.folder}: {result}", flush=True)
-                elif not self._is_stopped:
+                elif not self._children.is_stopped:
                     self.failures[run.folder] = failure
                     print(f"failed    {run.folder}: {failure}", flush=True)
                 self._write()
@@ -180,7 +169,7 @@ class Schedule:
     def _next(self) -> Run | None:
         """The next run whose base is there; waits for bases that are being trained. None when nothing is left."""
         with self._change:
-            while self._waiting and not self._is_stopped:
+            while self._waiting and not self._children.is_stopped:
                 for run in list(self._waiting):
                     if run.base is not None and run.base in self.failures:
                         self._waiting.remove(run)
@@ -199,27 +188,14 @@ class Schedule:
         run.folder.mkdir(parents=True, exist_ok=True)
         for command in (run.command(threads), frames):
             with (run.folder / CONSOLE).open("ab") as console:
-                with self._change:
-                    if self._is_stopped:
-                        return "stopped"
-                    process = subprocess.Popen(
-                        command, stdout=console, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
-                    )
-                    self._processes.add(process)
-                status = process.wait()
-                with self._change:
-                    self._processes.discard(process)
+                status = self._children.run(
+                    command, stdout=console, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
+                )
+            if status is None:
+                return "stopped"
             if status != 0:
                 return f"status {status}: {_last_paragraph(run.folder / CONSOLE)}"
         return ""
-
-    def _stop(self) -> None:
-        """End what is running; nothing new starts."""
-        with self._change:
-            self._is_stopped = True
-            for process in self._processes:
-                process.terminate()
-            self._change.notify_all()
 
     def _write(self) -> None:
         write_tables(self.suite.output, self.results, {str(path): why for path, why in self.failures.items()})
@@ -288,7 +264,6 @@ def main(arguments: Sequence[str]) -> int:
     suite = parse(arguments)
     suite.output.mkdir(parents=True, exist_ok=True)
     schedule = Schedule(suite)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # so that no run is left behind
     schedule.run()
     print((suite.output / "table.md").read_text(encoding="utf-8"), end="")
     print(f"Tables: {suite.output / 'table.md'}, table.json, table.html")

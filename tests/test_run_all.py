@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import launch.run_all
+import launch.children
 from launch.cli import parse_train
 from launch.protocols import METHODS, PROTOCOLS, USUAL_METHODS, methods_of, scenes_of
 from launch.run_all import Schedule, main, parse
@@ -40,8 +40,6 @@ class Process:
 
 class StandIn:
     """In place of subprocess: writes what train.py and launch.frame_rate leave, and remembers how it was called."""
-
-    STDOUT = -2
 
     def __init__(self, failing: str = "") -> None:
         self.failing, self.lock = failing, threading.Lock()
@@ -99,7 +97,7 @@ class StandIn:
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, failing: str = "") -> StandIn:
     made = StandIn(failing)
-    monkeypatch.setattr(launch.run_all, "subprocess", made)
+    monkeypatch.setattr(launch.children, "subprocess", made)
     return made
 
 
@@ -230,8 +228,8 @@ def test_an_interruption_ends_what_is_running(data: Path, tmp_path: Path, monkey
         assert started.wait(20)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(launch.run_all, "subprocess", SimpleNamespace(Popen=start, STDOUT=-2))
-    monkeypatch.setattr(launch.run_all, "wait", interrupt)
+    monkeypatch.setattr(launch.children, "subprocess", SimpleNamespace(Popen=start))
+    monkeypatch.setattr(launch.children, "wait", interrupt)
     (tmp_path / "out").mkdir()
     schedule = Schedule(parse(["--data", str(data / "fox"), "-o", str(tmp_path / "out"), "--gpus"]))
     with pytest.raises(KeyboardInterrupt):
@@ -243,7 +241,7 @@ def test_a_defect_in_a_worker_is_not_swallowed(data: Path, tmp_path: Path, monke
     def start(command: Sequence[str], **_: object) -> object:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(launch.run_all, "subprocess", SimpleNamespace(Popen=start, STDOUT=-2))
+    monkeypatch.setattr(launch.children, "subprocess", SimpleNamespace(Popen=start))
     with pytest.raises(RuntimeError, match="a defect"):
         main(["--data", str(data / "fox"), "-o", str(tmp_path / "out"), "--gpus", "--jobs", "2"])
 
