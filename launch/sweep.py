@@ -5,7 +5,8 @@
 
 Everything behind `--` goes to train.py. One training runs to the start of the mask window and leaves a checkpoint; from
 there one end is trained for each ratio, one with the learned mask, and one without pruning. The results are in
-OUT/sweep.json, OUT/sweep.md and OUT/sweep.png. Ends that are finished are not trained again.
+OUT/sweep.json, OUT/sweep.md and OUT/sweep.png. Ends that are finished are not trained again, so that further ratios
+cost no more than themselves; ends of another score, other data or other flags are refused.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from launch.children import Children
 from launch.cli import parse_train
 from launch.config import TrainConfig
+from launch.origin import Origin, check_origin
 from launch.prune_checks import SCORES
 from launch.run import run_main
 from scene.errors import InputError
@@ -47,6 +49,10 @@ class Sweep:
     def config(self, *flags: str) -> TrainConfig:
         """The training that these further flags make of it. Raises: InputError as train.py."""
         return parse_train([*self._common, "-m", str(self.output), *flags])
+
+    def origin(self, training: Training) -> Origin:
+        """What one of its trainings is started with."""
+        return Origin(self.source.absolute(), (*self.flags, *training.flags))
 
     def command(self, training: Training) -> list[str]:
         """The call of train.py for one of its trainings."""
@@ -81,10 +87,14 @@ class Point:
 def run_sweep(sweep: Sweep) -> list[Point]:
     """Train what is not trained yet and measure everything; the points in the order of the ratios, learned one last.
 
-    Raises: InputError when flags do not fit, a training fails, or there are no test views to measure.
+    Raises: InputError when flags do not fit, a folder holds another training, one fails, or there are no test views.
     """
     config = sweep.config(*_learning(sweep))
     base, *ends = trainings_of(sweep, fork_iteration(config))
+    for training in (base, *ends):
+        notice = check_origin(sweep.output / training.name, sweep.origin(training))
+        if notice:
+            print(f"sweep: {notice}", flush=True)
     _train_missing(sweep, (base, *ends))
     last = config.optimization.iterations
     found = {end.name: _measured(sweep.output / end.name, last) for end in ends}
@@ -140,6 +150,7 @@ def _train(sweep: Sweep, training: Training, children: Children) -> None:
     """One training. Raises: InputError when it fails, or leaves nothing."""
     print(f"sweep: training {training.name}", flush=True)
     folder = ModelFolder.create(sweep.output / training.name).path
+    sweep.origin(training).write(folder)
     status = children.run(sweep.command(training))
     if status != 0 or not training.marker.exists():
         log = ModelFolder(folder).train_log

@@ -103,6 +103,32 @@ def test_a_failed_end_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         run_sweep(sweep)
 
 
+@pytest.mark.parametrize(
+    ("own", "flags", "sentence"),
+    [
+        (["--score", "mini_splatting"], [], "learned .*--prune_method was rad_splat and is mini_splatting"),
+        ([], ["--lambda_mask", "0.5"], "base .*--lambda_mask was 0.0005 and is 0.5"),
+        ([], ["--iterations", "9000"], "base .*--iterations was 7000 and is 9000"),
+        ([], ["--prune_use_percent_iterations", "5000"], "base .*--prune_use_percent_iterations was 4667 and is 5000"),
+        (["-s", "other"], [], "base .*--source_path was .*data and is .*other"),
+    ],
+)
+def test_ends_of_another_sweep_are_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: list[str], flags: list[str], sentence: str
+) -> None:
+    commands: list[list[str]] = []
+    counts = {UNPRUNED: 1000, LEARNED: 400, "0": 1000, "0.9": 100, "0.5": 500}
+    monkeypatch.setattr(launch.children, "subprocess", SimpleNamespace(Popen=pretend(commands, counts)))
+    arguments, usual = ["-s", "data", "-o", str(tmp_path)], ["--", "--iterations", "7000", "--scale_schedules"]
+    assert main([*arguments, "--ratios", "0.9", *usual]) == 0 and len(commands) == 4
+    table = (tmp_path / "sweep.md").read_text()
+    with pytest.raises(InputError, match=f"{tmp_path}/{sentence}.*Choose another output folder with -o, or remove"):
+        main([*arguments, *own, "--ratios", "0.9", "0.5", *usual, *flags])
+    assert len(commands) == 4 and (tmp_path / "sweep.md").read_text() == table
+    assert main([*arguments, "--ratios", "0.9", "0.5", "0", *usual, "--no_report"]) == 0
+    assert [Path(command[command.index("-m") + 1]).name for command in commands[4:]] == ["0.5", "0"]
+
+
 SLOW_TRAINING = """
 import os, pathlib, sys, time
 pathlib.Path(sys.argv[sys.argv.index("-m") + 1], "pid").write_text(str(os.getpid()) + "\\n")
