@@ -6,10 +6,11 @@
     python -m launch.run_all --data DATA/fox -o OUT --add small "--target_mb 20" -- --iterations 7000 --scale_schedules
     python -m launch.run_all --data DATA/fox -o OUT --add postrad "--prune_finetune --prune_method rad_splat"
 
-What stands behind `--` goes to every train.py. Each run has a folder OUT/SCENE/METHOD-SEED with its train.log. A GPU
-has one run at a time; without GPUs, --jobs runs share the cores. Stopped and started again, finished runs are not
-repeated, and a run that was cut off goes on from its newest checkpoint if it wrote any (-- --checkpoint_iterations).
-The results are in OUT/table.md, OUT/table.json and OUT/table.html, which are written anew after every run.
+What stands behind `--` goes to every train.py. Each run has a folder OUT/SCENE/METHOD-SEED with its train.log, and
+started.json with what it was started with. A GPU has one run at a time; without GPUs, --jobs runs share the cores.
+Stopped and started again, finished runs are not repeated, and one that was cut off goes on from its newest checkpoint
+if it wrote any (-- --checkpoint_iterations). A folder of other flags or data is refused. The results are in
+OUT/table.md, OUT/table.json and OUT/table.html, which are written anew after every run.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 from launch.children import POLL_SECONDS, Children
 from launch.finetune import TRAINED_ITERATIONS
 from launch.machine import available_cores
+from launch.origin import Origin, check_origin
 from launch.protocols import (
     METHODS,
     PROTOCOL_FLAGS,
@@ -39,7 +41,7 @@ from launch.protocols import (
     scenes_of,
 )
 from launch.run import run_main
-from launch.run_results import Result, read_result, result_of
+from launch.run_results import Result, read_result, result_of, run_folder
 from launch.run_table import write_tables
 from launch.sweep import split_arguments
 from scene.errors import InputError
@@ -82,12 +84,12 @@ class Run:
     @property
     def folder(self) -> Path:
         """Its model folder."""
-        return self._folder_of(self.method.name)
+        return run_folder(self.suite.output, self.scene.name, self.method.name, self.seed)
 
     @property
-    def base(self) -> Path | None:
-        """The model folder it starts from."""
-        return self._folder_of(self.method.base) if self.method.base else None
+    def base(self) -> Run | None:
+        """The run whose model it starts from."""
+        return Run(self.suite, self.scene, METHODS[self.method.base], self.seed) if self.method.base else None
 
     @property
     def flags(self) -> list[str]:
@@ -99,21 +101,32 @@ class Run:
             flags += ["--no_scale_schedules", "--iterations", str(last)]
         return [*flags, *self.method.flags, "--seed", str(self.seed)]
 
+    @property
+    def origin(self) -> Origin:
+        """What it is started with."""
+        base = self.base
+        return Origin(self.scene.source, tuple(self.flags), None if base is None else tuple(base.flags))
+
     def command(self, threads: int) -> list[str]:
         """The call of train.py; an unfinished run goes on where it was."""
         place = ["-s", str(self.scene.source), "-m", str(self.folder), "--threads", str(threads)]
         how = ["--quiet", "--render_and_evaluate", "--auto_start_checkpoint"]
         if self.base is not None:
-            base = ModelFolder.open(self.base)
+            base = ModelFolder.open(self.base.folder)
             how += ["--start_pointcloud", str(base.point_cloud(base.find_iteration()))]
         return [sys.executable, str(ROOT / "train.py"), *place, *self.flags, *how]
 
     def result(self) -> Result | None:
         """What came out, if it is finished. Raises: InputError when the folder holds a run with other flags."""
-        return read_result(self.folder, self.scene, self.method.name, self.seed, self.flags)
+        notice = check_origin(self.folder, self.origin)
+        if notice:
+            print(notice, flush=True)
+        return read_result(self.folder)
 
-    def _folder_of(self, method: str) -> Path:
-        return self.suite.output / self.scene.name / f"{method}-{self.seed}"
+    def gather(self) -> Result:
+        """What came out of a run that has just ended. Raises: InputError when a part is missing."""
+        scene, name = self.scene, self.method.name
+        return result_of(self.folder, scene, name, self.seed, self.origin)
 
 
 @dataclass
@@ -133,6 +146,15 @@ class Schedule:
 
     def run(self) -> None:
         """Run everything that is not finished yet. Raises: InputError for a folder of other flags, before any run."""
+        self._look_around()
+        if self.results:
+            print(f"{len(self.results)} runs are finished already", flush=True)
+        self._write()
+        places = self.suite.gpus or tuple("" for _ in range(self.suite.jobs))
+        self._children.work(*(partial(self._work, place) for place in places))
+
+    def _look_around(self) -> None:
+        """Find out what is finished."""
         for run in self.suite.runs:
             result = run.result()
             if result is None:
@@ -140,11 +162,6 @@ class Schedule:
             else:
                 self.results.append(result)
                 self._done.add(run.folder)
-        if self.results:
-            print(f"{len(self.results)} runs are finished already", flush=True)
-        self._write()
-        places = self.suite.gpus or tuple("" for _ in range(self.suite.jobs))
-        self._children.work(*(partial(self._work, place) for place in places))
 
     def _work(self, gpu: str) -> None:
         """Take one run after another on one GPU ("": on the CPU)."""
@@ -152,7 +169,7 @@ class Schedule:
             print(f"started   {run.folder}{f' on GPU {gpu}' if gpu else ''}", flush=True)
             try:
                 failure = self._train(run, gpu)
-                result = None if failure else result_of(run.folder, run.scene, run.method.name, run.seed, run.flags)
+                result = None if failure else run.gather()
             except (InputError, OSError) as error:
                 failure, result = str(error), None
             with self._change:
@@ -171,10 +188,11 @@ class Schedule:
         with self._change:
             while self._waiting and not self._children.is_stopped:
                 for run in list(self._waiting):
-                    if run.base is not None and run.base in self.failures:
+                    base = run.base.folder if run.base else None
+                    if base in self.failures:
                         self._waiting.remove(run)
-                        self.failures[run.folder] = f"{run.base}, which it starts from, failed"
-                    elif run.base is None or run.base in self._done:
+                        self.failures[run.folder] = f"{base}, which it starts from, failed"
+                    elif base is None or base in self._done:
                         self._waiting.remove(run)
                         return run
                 self._change.wait(POLL_SECONDS)
@@ -186,6 +204,7 @@ class Schedule:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}  # "" hides every GPU
         frames = [sys.executable, "-m", "launch.frame_rate", str(run.folder), "--threads", str(threads)]
         run.folder.mkdir(parents=True, exist_ok=True)
+        run.origin.write(run.folder)
         for command in (run.command(threads), frames):
             with (run.folder / CONSOLE).open("ab") as console:
                 status = self._children.run(

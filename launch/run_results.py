@@ -4,17 +4,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from launch.log_reader import read_log
+from launch.origin import RUN_FILE, Origin
 from launch.protocols import BenchmarkScene
 from scene.errors import InputError
 from scene.model_folder import ModelFolder, write_json_atomically
 
-RUN_FILE = "run.json"
 FRAME_RATE_FILE = "frame_rate.json"
 
 
@@ -45,27 +44,26 @@ class Result:
         return f"{self.psnr:.2f} dB, {self.num_gaussians:,} Gaussians, {self.seconds:.0f} s"
 
 
-def read_result(folder: Path, scene: BenchmarkScene, method: str, seed: int, flags: Sequence[str]) -> Result | None:
+def read_result(folder: Path) -> Result | None:
     """What is kept in the folder of a run; None when it is not finished.
 
-    Raises: InputError when it was made from other data or with other flags, or the file is damaged.
+    Raises: InputError when the file is damaged.
     """
     path = folder / RUN_FILE
     if not path.exists():
         return None
-    kept = _json(path)
-    if kept.get("flags") != list(flags) or kept.get("source") != str(scene.source):
-        raise InputError(
-            f"{folder} holds a run of other flags or data ({' '.join(kept.get('flags', []))}) than {' '.join(flags)} "
-            "on the same name; choose another output folder, or remove that one"
-        )
     try:
-        return Result(**kept["result"])
+        return Result(**_json(path)["result"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} is of another version ({error}); remove that run's folder") from error
 
 
-def result_of(folder: Path, scene: BenchmarkScene, method: str, seed: int, flags: Sequence[str]) -> Result:
+def run_folder(suite: Path, scene: str, method: str, seed: int) -> Path:
+    """Where a run of a suite is."""
+    return suite / scene / f"{method}-{seed}"
+
+
+def result_of(folder: Path, scene: BenchmarkScene, method: str, seed: int, origin: Origin) -> Result:
     """Gather what a run has left in its folder, and keep it in run.json: the run is finished.
 
     Raises: InputError when a part is missing.
@@ -92,9 +90,7 @@ def result_of(folder: Path, scene: BenchmarkScene, method: str, seed: int, flags
         frames_per_second=frames["frames_per_second"],
         device=frames["device"],
     )
-    write_json_atomically(
-        folder / RUN_FILE, {"source": str(scene.source), "flags": list(flags), "result": asdict(result)}
-    )
+    write_json_atomically(folder / RUN_FILE, {**origin.plain(), "result": asdict(result)})
     return result
 
 

@@ -25,7 +25,7 @@ OF_OTHERS = {
 WRITTEN = re.compile(r"(demo-output|output|checkpoints|point_cloud|sparse|images|FOLDER|MODEL|OUT|tests/test_MODULE)\b")
 """Beginnings of paths that the program writes or that belong to the user."""
 FILES_OF_MODELS = {"config.json", "manifest.json", "cameras.json", "results.json", "per_view.json", "scales.json"}
-FILES_OF_MODELS |= {"results_train.json", "per_view_train.json"}
+FILES_OF_MODELS |= {"results_train.json", "per_view_train.json", "started.json"}
 FILES_OF_DATA_SETS = {"transforms_train.json", "transforms_test.json"}
 FILES_OF_NERFSTUDIO = {"camera_path.json", "dataparser_transforms.json"}
 FILES_OF_PREDECESSORS = {"run_all.py", "prune_finetune.py", "convert.py", "args.json", "results_test.json"}

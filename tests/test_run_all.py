@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from launch.run_results import Result
 from launch.run_table import COLUMNS, html_of, markdown_of, rows_of
 from scene.errors import InputError
 from scene.gaussians import GaussianTable, attributes_for
+from scene.model_folder import ModelFolder
 from scene.ply import save_ply
 
 
@@ -39,7 +41,7 @@ class Process:
 
 
 class StandIn:
-    """In place of subprocess: writes what train.py and launch.frame_rate leave, and remembers how it was called."""
+    """In place of subprocess: writes what our programs leave, and remembers how it was called."""
 
     def __init__(self, failing: str = "") -> None:
         self.failing, self.lock = failing, threading.Lock()
@@ -49,8 +51,8 @@ class StandIn:
         self.most: dict[str, int] = {}
 
     def Popen(self, command: Sequence[str], env: Mapping[str, str], stdout: Any, **_: object) -> object:
-        gpu, is_training = env["CUDA_VISIBLE_DEVICES"], "-m" in command and "launch.frame_rate" not in command
-        model = Path(command[command.index("-m") + 1] if is_training else command[3])
+        gpu, is_training = env["CUDA_VISIBLE_DEVICES"], command[1].endswith("train.py")
+        model = Path(command[3] if command[1] == "-m" else command[command.index("-m") + 1])
         with self.lock:
             self.calls.append(list(command))
             self.busy[gpu] = self.busy.get(gpu, 0) + 1
@@ -66,7 +68,9 @@ class StandIn:
                 status = 2
             elif is_training:
                 self._train(command, model)
-            else:
+            elif command[1].endswith("metrics.py"):
+                self._measure(model)
+            elif command[2] == "launch.frame_rate":
                 rate = {"frames_per_second": 50.0, "device": "cpu"}
                 (model / "frame_rate.json").write_text(json.dumps(rate))
             with self.lock:
@@ -83,16 +87,20 @@ class StandIn:
         count = 4 if model.name.startswith("3dgs") else 2
         arrays = {spec.name: np.zeros((count, *spec.shape), np.float32) for spec in attributes_for(0)}
         ply = model / "point_cloud" / f"iteration_{last}" / "point_cloud.ply"
-        ply.parent.mkdir(parents=True)
+        ply.parent.mkdir(parents=True, exist_ok=True)
         save_ply(ply, GaussianTable.from_arrays(arrays).params)
         (model / "cfg_args").write_text("Namespace(sh_degree=0)")
-        measures = {"PSNR": 30.0 + seed, "SSIM": 0.9, "LPIPS": None}
-        (model / "results.json").write_text(json.dumps({f"ours_{last}": measures}))
+        self._measure(model, seed)
         lines = [
             {"kind": "saved", "iteration": last, "num_gaussians": count},
             {"kind": "end", "seconds": 12.0, "peak_memory_bytes": 3e9, "gpu_peak_bytes": 0},
         ]
         (model / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def _measure(self, model: Path, seed: int = 0) -> None:
+        measures = {"PSNR": 30.0 + seed, "SSIM": 0.9, "LPIPS": None}
+        last = ModelFolder(model).find_iteration()
+        (model / "results.json").write_text(json.dumps({f"ours_{last}": measures}))
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, failing: str = "") -> StandIn:
@@ -147,6 +155,56 @@ def test_every_scene_with_every_method_and_seed_and_one_table(
     assert {name[-1] for name, _ in made.trained[16:]} == {"3"}
     with pytest.raises(InputError, match="fox/3dgs-0 holds a run of other flags or data"):
         main([*own, "--", "--iterations", "800"])
+
+
+def test_a_run_goes_on_only_with_the_flags_it_was_started_with(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither its flags nor those of its base may change once there is a checkpoint; before that, it begins anew."""
+    made, out = stand_in(monkeypatch, failing="beta"), tmp_path / "out"
+
+    def call(method: str, iterations: int, *flags: str) -> int:
+        own = ["--data", str(data / "fox"), "-o", str(out), "--methods", method, "--gpus"]
+        return main([*own, "--", "--iterations", str(iterations), *flags])
+
+    assert call("beta", 700, "--lambda_mask", "0.5") == 1
+    made.failing = ""
+    assert call("beta", 700, "--lambda_mask", "0.25", "--no_report") == 0, "there was nothing to lose"
+    notice = f"{out}/fox/beta-0 is begun anew (--lambda_mask was 0.5 and is 0.25)"
+    assert notice in capsys.readouterr().out
+
+    folder, count = out / "fox" / "beta-0", len(made.calls)
+    for path in (folder / "run.json", folder / "results.json", folder / "metrics.jsonl"):
+        path.unlink()
+    shutil.rmtree(folder / "point_cloud")
+    (folder / "checkpoints" / "300").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"fox/beta-0 holds a run of other flags .* --lambda_mask was 0.25 and is 0.5"):
+        call("beta", 700, "--lambda_mask", "0.5")
+    assert len(made.calls) == count, "nothing has been started"
+    assert call("beta", 700, "--lambda_mask", "0.25") == 0 and made.trained[-1][0] == "fox/beta-0"
+
+    assert call("post", 700) == 0
+    shutil.rmtree(out / "fox" / "3dgs-0")
+    with pytest.raises(InputError, match="fox/post-0 .* of the model it starts from, --iterations was 700 and is 800"):
+        call("post", 800)
+
+
+def test_finished_runs_of_earlier_versions_are_kept(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their run.json has no flags of the base, and there is no started.json."""
+    made = stand_in(monkeypatch)
+    command = ["--data", str(data / "fox"), "-o", str(tmp_path / "out"), "--methods", "post", "--gpus"]
+    assert main(command) == 0
+    count = len(made.calls)
+    for folder in (tmp_path / "out" / "fox").iterdir():
+        (folder / "started.json").unlink()
+        kept = json.loads((folder / "run.json").read_text())
+        kept.pop("base", None)
+        (folder / "run.json").write_text(json.dumps(kept))
+    assert main(command) == 0 and len(made.calls) == count
+    with pytest.raises(InputError, match=r"fox/3dgs-0 holds a run of other flags or data: --bsz was 1 and is 2\."):
+        main([*command, "--", "--bsz", "2"])
 
 
 def test_an_added_method_finetunes_the_model_of_3dgs(
