@@ -8,9 +8,10 @@
 
 What stands behind `--` goes to every train.py. Each run has a folder OUT/SCENE/METHOD-SEED with its train.log, and
 started.json with what it was started with. A GPU has one run at a time; without GPUs, --jobs runs share the cores.
-Stopped and started again, finished runs are not repeated, and one that was cut off goes on from its newest checkpoint
-if it wrote any (-- --checkpoint_iterations). A folder of other flags or data is refused. The results are in
-OUT/table.md, OUT/table.json and OUT/table.html, which are written anew after every run.
+Stopped and started again, finished runs are not repeated, one that is trained is only measured, and one that was cut
+off goes on from its newest checkpoint if it wrote any (-- --checkpoint_iterations). A folder of other flags or data is
+refused. The results of all runs in OUT are in OUT/table.md, OUT/table.json and OUT/table.html, which are written anew
+after every run.
 """
 
 from __future__ import annotations
@@ -41,7 +42,15 @@ from launch.protocols import (
     scenes_of,
 )
 from launch.run import run_main
-from launch.run_results import Result, read_result, result_of, run_folder
+from launch.run_results import (
+    Result,
+    finished_runs,
+    is_measured,
+    is_trained,
+    read_result,
+    result_of,
+    run_folder,
+)
 from launch.run_table import write_tables
 from launch.sweep import split_arguments
 from scene.errors import InputError
@@ -107,14 +116,17 @@ class Run:
         base = self.base
         return Origin(self.scene.source, tuple(self.flags), None if base is None else tuple(base.flags))
 
-    def command(self, threads: int) -> list[str]:
-        """The call of train.py; an unfinished run goes on where it was."""
-        place = ["-s", str(self.scene.source), "-m", str(self.folder), "--threads", str(threads)]
-        how = ["--quiet", "--render_and_evaluate", "--auto_start_checkpoint"]
-        if self.base is not None:
-            base = ModelFolder.open(self.base.folder)
-            how += ["--start_pointcloud", str(base.point_cloud(base.find_iteration()))]
-        return [sys.executable, str(ROOT / "train.py"), *place, *self.flags, *how]
+    def commands(self, threads: int) -> list[list[str]]:
+        """The programs that finish it: a training that has ended is only measured, one that was cut off goes on."""
+        python, model, share = sys.executable, str(self.folder), ["--threads", str(threads)]
+        frames = [python, "-m", "launch.frame_rate", model, *share]
+        if not is_trained(self.folder):
+            return [self._training(share), frames]
+        if is_measured(self.folder):
+            return [frames]
+        render, measure = ([python, str(ROOT / f"{name}.py"), "-m", model, *share] for name in ("render", "metrics"))
+        report = [[python, "-m", "launch.report", model]] if self.origin.config().logging.report else []
+        return [render, measure, *report, frames]
 
     def result(self) -> Result | None:
         """What came out, if it is finished. Raises: InputError when the folder holds a run with other flags."""
@@ -126,7 +138,16 @@ class Run:
     def gather(self) -> Result:
         """What came out of a run that has just ended. Raises: InputError when a part is missing."""
         scene, name = self.scene, self.method.name
-        return result_of(self.folder, scene, name, self.seed, self.origin)
+        return result_of(self.folder, scene, name, self.seed, origin=self.origin, common_flags=self.suite.flags)
+
+    def _training(self, share: Sequence[str]) -> list[str]:
+        """The call of train.py."""
+        place = ["-s", str(self.scene.source), "-m", str(self.folder), *share]
+        how = ["--quiet", "--render_and_evaluate", "--auto_start_checkpoint"]
+        if self.base is not None:
+            base = ModelFolder.open(self.base.folder)
+            how += ["--start_pointcloud", str(base.point_cloud(base.find_iteration()))]
+        return [sys.executable, str(ROOT / "train.py"), *place, *self.flags, *how]
 
 
 @dataclass
@@ -139,6 +160,7 @@ class Schedule:
     suite: Suite
     results: list[Result] = field(default_factory=list)
     failures: dict[Path, str] = field(default_factory=dict)
+    _others: list[Result] = field(default_factory=list)
     _waiting: list[Run] = field(default_factory=list)
     _done: set[Path] = field(default_factory=set)
     _children: Children = field(default_factory=Children)
@@ -154,14 +176,18 @@ class Schedule:
         self._children.work(*(partial(self._work, place) for place in places))
 
     def _look_around(self) -> None:
-        """Find out what is finished."""
-        for run in self.suite.runs:
+        """Find out what is finished: runs of this suite, and others in its folder, which the table has, too."""
+        runs = self.suite.runs
+        for run in runs:
             result = run.result()
             if result is None:
                 self._waiting.append(run)
             else:
                 self.results.append(result)
                 self._done.add(run.folder)
+        own = {run.folder for run in runs}
+        kept = finished_runs(self.suite.output)
+        self._others = [result for folder, result in kept.items() if folder not in own]
 
     def _work(self, gpu: str) -> None:
         """Take one run after another on one GPU ("": on the CPU)."""
@@ -202,10 +228,9 @@ class Schedule:
         """Train, render, measure; returns what went wrong, "" if nothing."""
         threads = max(1, available_cores() // (len(self.suite.gpus) or self.suite.jobs))
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}  # "" hides every GPU
-        frames = [sys.executable, "-m", "launch.frame_rate", str(run.folder), "--threads", str(threads)]
         run.folder.mkdir(parents=True, exist_ok=True)
         run.origin.write(run.folder)
-        for command in (run.command(threads), frames):
+        for command in run.commands(threads):
             with (run.folder / CONSOLE).open("ab") as console:
                 status = self._children.run(
                     command, stdout=console, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
@@ -217,7 +242,8 @@ class Schedule:
         return ""
 
     def _write(self) -> None:
-        write_tables(self.suite.output, self.results, {str(path): why for path, why in self.failures.items()})
+        failures = {str(path): why for path, why in self.failures.items()}
+        write_tables(self.suite.output, [*self._others, *self.results], failures)
 
 
 def _last_paragraph(console: Path) -> str:

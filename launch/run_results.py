@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ class Result:
 
     psnr (dB), ssim, lpips (None without its weights): means over the test views. num_bytes: of the saved ply. seconds:
     of training, without measuring and saving. peak_bytes: memory of the GPU, of the process where there is none.
+    common_flags: what every run of its suite was given; None where an earlier version did not note it.
     """
 
     protocol: str
@@ -38,6 +41,7 @@ class Result:
     peak_bytes: int
     frames_per_second: float
     device: str
+    common_flags: str | None = None
 
     def __str__(self) -> str:
         """A few words for the terminal."""
@@ -63,7 +67,40 @@ def run_folder(suite: Path, scene: str, method: str, seed: int) -> Path:
     return suite / scene / f"{method}-{seed}"
 
 
-def result_of(folder: Path, scene: BenchmarkScene, method: str, seed: int, origin: Origin) -> Result:
+def finished_runs(suite: Path) -> dict[Path, Result]:
+    """All finished runs in the folder of a suite, by their folders; copies of them under other names are passed over.
+
+    Raises: InputError when one is damaged.
+    """
+    kept = {path.parent: read_result(path.parent) for path in sorted(suite.glob(f"*/*/{RUN_FILE}"))}
+    return {
+        folder: result
+        for folder, result in kept.items()
+        if result is not None and folder == run_folder(suite, result.scene, result.method, result.seed)
+    }
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether the training in a folder has gone to its end, and left a model."""
+    model = ModelFolder(folder)
+    try:
+        return read_log(model.metrics).end is not None and bool(model.saved_iterations())
+    except InputError:
+        return False
+
+
+def is_measured(folder: Path) -> bool:
+    """Whether the test views of a trained model have been measured, too."""
+    model = ModelFolder(folder)
+    try:
+        return is_trained(folder) and f"ours_{model.find_iteration()}" in _json(model.results("test"))
+    except InputError:
+        return False
+
+
+def result_of(
+    folder: Path, scene: BenchmarkScene, method: str, seed: int, *, origin: Origin, common_flags: Sequence[str]
+) -> Result:
     """Gather what a run has left in its folder, and keep it in run.json: the run is finished.
 
     Raises: InputError when a part is missing.
@@ -89,6 +126,7 @@ def result_of(folder: Path, scene: BenchmarkScene, method: str, seed: int, origi
         peak_bytes=log.end.get("gpu_peak_bytes") or log.end["peak_memory_bytes"],
         frames_per_second=frames["frames_per_second"],
         device=frames["device"],
+        common_flags=shlex.join(common_flags),
     )
     write_json_atomically(folder / RUN_FILE, {**origin.plain(), "result": asdict(result)})
     return result

@@ -102,6 +102,11 @@ class StandIn:
         last = ModelFolder(model).find_iteration()
         (model / "results.json").write_text(json.dumps({f"ours_{last}": measures}))
 
+    def programs(self, folder: str) -> list[str]:
+        """The names of the programs that were run for a model folder, in this order."""
+        calls = [call for call in self.calls if any(word.endswith(folder) for word in call)]
+        return [call[2] if call[1] == "-m" else Path(call[1]).name for call in calls]
+
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, failing: str = "") -> StandIn:
     made = StandIn(failing)
@@ -189,10 +194,57 @@ def test_a_run_goes_on_only_with_the_flags_it_was_started_with(
         call("post", 800)
 
 
+def test_the_table_has_every_finished_run_of_the_folder(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch)
+    out = tmp_path / "out"
+    command = ["--data", str(data / "fox"), "-o", str(out), "--gpus"]
+    assert main([*command, "--methods", "3dgs", "beta", "--seeds", "0", "1", "--", "--iterations", "700"]) == 0
+    shutil.copytree(out / "fox" / "beta-1", out / "fox" / "beta-1-copy")
+    assert main([*command, "--methods", "3dgs", "--", "--iterations", "700"]) == 0
+    garden = ["--data", str(data / "garden"), "-o", str(out), "--gpus", "--methods", "beta"]
+    assert main([*garden, "--", "--iterations", "800"]) == 0
+    table = json.loads((out / "table.json").read_text())
+    rows = [(row["scene"], row["method"], row["num_seeds"]) for row in table["rows"]]
+    assert rows == [("fox", "3dgs", 2), ("fox", "beta", 2), ("garden", "beta", 1), ("mean", "beta", 1)]
+    told = "--iterations 700: fox/3dgs-0, fox/3dgs-1, fox/beta-0, fox/beta-1; --iterations 800: garden/beta-0."
+    assert f"Not all runs were given the same flags for all: {told}" in (out / "table.md").read_text()
+    assert told in (out / "table.html").read_text()
+    (out / "fox" / "beta-1" / "run.json").write_text("{")
+    with pytest.raises(InputError, match=r"beta-1/run\.json cannot be read"):
+        main([*garden, "--", "--iterations", "800"])
+
+
+@pytest.mark.parametrize(
+    ("missing", "programs"),
+    [
+        ([], []),
+        (["run.json"], ["launch.frame_rate"]),
+        (["run.json", "results.json"], ["render.py", "metrics.py", "launch.report", "launch.frame_rate"]),
+        (["run.json", "metrics.jsonl"], ["train.py", "launch.frame_rate"]),
+        (["run.json", "point_cloud"], ["train.py", "launch.frame_rate"]),
+    ],
+)
+def test_what_has_ended_is_not_done_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: list[str], programs: list[str]
+) -> None:
+    stand_in(monkeypatch)
+    command = ["--data", str(data / "fox"), "-o", str(tmp_path / "out"), "--methods", "beta", "--gpus"]
+    assert main(command) == 0
+    folder = tmp_path / "out" / "fox" / "beta-0"
+    for name in missing:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    made = stand_in(monkeypatch)
+    assert main(command) == 0 and made.programs("fox/beta-0") == programs
+    assert len(json.loads((tmp_path / "out" / "table.json").read_text())["runs"]) == 1
+
+
 def test_finished_runs_of_earlier_versions_are_kept(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their run.json has no flags of the base, and there is no started.json."""
+    """Their run.json has neither the base's flags nor those of the suite, and there is no started.json."""
     made = stand_in(monkeypatch)
     command = ["--data", str(data / "fox"), "-o", str(tmp_path / "out"), "--methods", "post", "--gpus"]
     assert main(command) == 0
@@ -201,10 +253,23 @@ def test_finished_runs_of_earlier_versions_are_kept(
         (folder / "started.json").unlink()
         kept = json.loads((folder / "run.json").read_text())
         kept.pop("base", None)
+        kept["result"].pop("common_flags")
         (folder / "run.json").write_text(json.dumps(kept))
     assert main(command) == 0 and len(made.calls) == count
     with pytest.raises(InputError, match=r"fox/3dgs-0 holds a run of other flags or data: --bsz was 1 and is 2\."):
         main([*command, "--", "--bsz", "2"])
+
+
+def test_no_report_is_made_afterwards_of_a_run_without(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch)
+    command = ["--data", str(data / "fox"), "-o", str(tmp_path), "--methods", "post", "--gpus", "--", "--no_report"]
+    assert main(command) == 0
+    for name in ("run.json", "results.json"):
+        (tmp_path / "fox" / "post-0" / name).unlink()
+    made = stand_in(monkeypatch)
+    assert main(command) == 0 and made.programs("fox/post-0") == ["render.py", "metrics.py", "launch.frame_rate"]
 
 
 def test_an_added_method_finetunes_the_model_of_3dgs(
