@@ -32,6 +32,9 @@ from launch.flag_groups_process import (
 
 Group = TypeVar("Group")
 
+FREE_GROUPS = frozenset({"logging", "checkpoint", "distribution", "benchmark", "viewer"})
+"""Groups of a `TrainConfig` that decide what is shown, measured and kept, and not what is trained."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:

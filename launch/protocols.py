@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from launch.cli import TRAIN_SUMMARY, train_flags
+from launch.parser import build_parser, parse_given
 from scene.errors import InputError
 
 EVAL = ("--eval",)
@@ -35,6 +37,9 @@ PROTOCOLS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
     }
 )
 """Flags of train.py for each scene of each benchmark."""
+
+FINETUNE_BASE = "3dgs"
+"""The method whose model is pruned and finetuned by those that need a trained one."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,17 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method("compact_3dgs", ("--prune_method", "compact_3dgs")),
             Method("percent_rad_splat", ("--prune_method", "rad_splat")),
             Method("percent_mini_splatting", ("--prune_method", "mini_splatting")),
-            Method("post", ("--prune_finetune",), base="3dgs"),
+            Method("post", ("--prune_finetune",), base=FINETUNE_BASE),
         )
     }
 )
 """Settings alpha, beta and gamma of MaskGaussian, LP-3DGS with both scores, Compact-3DGS, pruning of a share, and
 MaskGaussian's pruning of a trained model."""
+
+PROTOCOL_FLAGS: Mapping[tuple[str, str], tuple[str, ...]] = MappingProxyType(
+    {("nerf_synthetic", "compact_3dgs"): ("--lambda_mask", "4e-3", "--mask_lr", "1e-3")}
+)
+"""Flags of a method on one benchmark alone: Compact-3DGS's values for NeRF-synthetic, which LP-3DGS has, too."""
 
 USUAL_METHODS = ("3dgs", "alpha", "beta", "gamma", "rad_splat", "mini_splatting", "compact_3dgs", "post")
 
@@ -116,9 +126,9 @@ def own_scenes(folders: Sequence[Path]) -> list[BenchmarkScene]:
 def methods_of(names: Sequence[str], added: Sequence[Sequence[str]]) -> list[Method]:
     """The methods of these names and those that the user adds as (name, flags); bases come first.
 
-    Raises: InputError for a name that is unknown or taken.
+    Raises: InputError for a name that is unknown or taken, or for flags that train.py does not have.
     """
-    own = {name: Method(name, tuple(shlex.split(flags))) for name, flags in added}
+    own = {name: _added_method(name, flags) for name, flags in added}
     taken = sorted(set(own) & set(METHODS))
     if taken:
         raise InputError(f"--add {taken[0]}: this method exists; give yours another name")
@@ -129,3 +139,15 @@ def methods_of(names: Sequence[str], added: Sequence[Sequence[str]]) -> list[Met
     wanted = [known[name] for name in dict.fromkeys((*names, *own))]
     bases = [METHODS[method.base] for method in wanted if method.base]
     return list(dict.fromkeys([*bases, *wanted]))
+
+
+def _added_method(name: str, text: str) -> Method:
+    """A method of the user's flags; one that finetunes, and does not say what, has the base that post has."""
+    flags = train_flags()
+    try:
+        words = tuple(shlex.split(text))
+        given = parse_given(build_parser("train.py", TRAIN_SUMMARY, flags), flags, words)
+    except ValueError as error:  # shlex's, of open quotes, or InputError
+        raise InputError(f"--add {name}: {error}") from error
+    has_model = given.get("start_pointcloud") or given.get("start_checkpoint")
+    return Method(name, words, FINETUNE_BASE if given.get("prune_finetune") and not has_model else "")

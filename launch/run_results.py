@@ -4,17 +4,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from launch.log_reader import read_log
+from launch.origin import RUN_FILE, Origin
 from launch.protocols import BenchmarkScene
 from scene.errors import InputError
 from scene.model_folder import ModelFolder, write_json_atomically
 
-RUN_FILE = "run.json"
 FRAME_RATE_FILE = "frame_rate.json"
 
 
@@ -24,6 +25,7 @@ class Result:
 
     psnr (dB), ssim, lpips (None without its weights): means over the test views. num_bytes: of the saved ply. seconds:
     of training, without measuring and saving. peak_bytes: memory of the GPU, of the process where there is none.
+    common_flags: what every run of its suite was given; None where an earlier version did not note it.
     """
 
     protocol: str
@@ -39,33 +41,66 @@ class Result:
     peak_bytes: int
     frames_per_second: float
     device: str
+    common_flags: str | None = None
 
     def __str__(self) -> str:
         """A few words for the terminal."""
         return f"{self.psnr:.2f} dB, {self.num_gaussians:,} Gaussians, {self.seconds:.0f} s"
 
 
-def read_result(folder: Path, scene: BenchmarkScene, method: str, seed: int, flags: Sequence[str]) -> Result | None:
+def read_result(folder: Path) -> Result | None:
     """What is kept in the folder of a run; None when it is not finished.
 
-    Raises: InputError when it was made from other data or with other flags, or the file is damaged.
+    Raises: InputError when the file is damaged.
     """
     path = folder / RUN_FILE
     if not path.exists():
         return None
-    kept = _json(path)
-    if kept.get("flags") != list(flags) or kept.get("source") != str(scene.source):
-        raise InputError(
-            f"{folder} holds a run of other flags or data ({' '.join(kept.get('flags', []))}) than {' '.join(flags)} "
-            "on the same name; choose another output folder, or remove that one"
-        )
     try:
-        return Result(**kept["result"])
+        return Result(**_json(path)["result"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} is of another version ({error}); remove that run's folder") from error
 
 
-def result_of(folder: Path, scene: BenchmarkScene, method: str, seed: int, flags: Sequence[str]) -> Result:
+def run_folder(suite: Path, scene: str, method: str, seed: int) -> Path:
+    """Where a run of a suite is."""
+    return suite / scene / f"{method}-{seed}"
+
+
+def finished_runs(suite: Path) -> dict[Path, Result]:
+    """All finished runs in the folder of a suite, by their folders; copies of them under other names are passed over.
+
+    Raises: InputError when one is damaged.
+    """
+    kept = {path.parent: read_result(path.parent) for path in sorted(suite.glob(f"*/*/{RUN_FILE}"))}
+    return {
+        folder: result
+        for folder, result in kept.items()
+        if result is not None and folder == run_folder(suite, result.scene, result.method, result.seed)
+    }
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether the training in a folder has gone to its end, and left a model."""
+    model = ModelFolder(folder)
+    try:
+        return read_log(model.metrics).end is not None and bool(model.saved_iterations())
+    except InputError:
+        return False
+
+
+def is_measured(folder: Path) -> bool:
+    """Whether the test views of a trained model have been measured, too."""
+    model = ModelFolder(folder)
+    try:
+        return is_trained(folder) and f"ours_{model.find_iteration()}" in _json(model.results("test"))
+    except InputError:
+        return False
+
+
+def result_of(
+    folder: Path, scene: BenchmarkScene, method: str, seed: int, *, origin: Origin, common_flags: Sequence[str]
+) -> Result:
     """Gather what a run has left in its folder, and keep it in run.json: the run is finished.
 
     Raises: InputError when a part is missing.
@@ -91,10 +126,9 @@ def result_of(folder: Path, scene: BenchmarkScene, method: str, seed: int, flags
         peak_bytes=log.end.get("gpu_peak_bytes") or log.end["peak_memory_bytes"],
         frames_per_second=frames["frames_per_second"],
         device=frames["device"],
+        common_flags=shlex.join(common_flags),
     )
-    write_json_atomically(
-        folder / RUN_FILE, {"source": str(scene.source), "flags": list(flags), "result": asdict(result)}
-    )
+    write_json_atomically(folder / RUN_FILE, {**origin.plain(), "result": asdict(result)})
     return result
 
 

@@ -147,6 +147,22 @@ def _texts(row: Row, rows: Sequence[Row]) -> list[str]:
     return [scene, row.method, *cells, *pruned_and_lost(row, rows), str(row.num_seeds)]
 
 
+def notes_of(results: Sequence[Result]) -> list[str]:
+    """What the rows do not say: where speed was measured, and which runs do not compare with others."""
+    notes = []
+    devices = sorted({result.device for result in results})
+    if devices:
+        notes.append(f"FPS: test views one after another on {', '.join(devices)}.")
+    runs: dict[str, list[str]] = {}
+    for each in results:
+        if each.common_flags is not None:
+            runs.setdefault(each.common_flags or "nothing", []).append(f"{each.scene}/{each.method}-{each.seed}")
+    if len(runs) > 1:
+        told = "; ".join(f"{flags}: {', '.join(sorted(names))}" for flags, names in sorted(runs.items()))
+        notes.append(f"Not all runs were given the same flags for all: {told}.")
+    return notes
+
+
 def markdown_of(results: Sequence[Result], failures: Mapping[str, str]) -> str:
     """The table, and below it the runs that failed with the reason."""
     rows = rows_of(results)
@@ -154,9 +170,8 @@ def markdown_of(results: Sequence[Result], failures: Mapping[str, str]) -> str:
     lines += [f"| {' | '.join(_texts(row, rows))} |" for row in rows]
     if failures:
         lines += ["", "Failed:", "", *(f"- {folder}: {why}" for folder, why in sorted(failures.items()))]
-    devices = sorted({result.device for result in results})
-    if devices:
-        lines += ["", f"FPS: test views one after another on {', '.join(devices)}."]
+    for note in notes_of(results):
+        lines += ["", note]
     return "\n".join(lines) + "\n"
 
 
@@ -175,7 +190,7 @@ def html_of(results: Sequence[Result], failures: Mapping[str, str]) -> str:
         "rows": body,
         "head": head,
         "failed": f"<h2>Failed</h2><ul>{failed}</ul>" if failed else "",
-        "devices": html.escape(", ".join(sorted({result.device for result in results}))),
+        "notes": "\n".join(f"<p>{html.escape(note)}</p>" for note in notes_of(results)),
     }
     return PAGE.format(**parts)
 
@@ -196,7 +211,7 @@ tr:hover {{ background: #8882; }} tr.mean {{ font-weight: 600; }}
 <div><table><thead><tr>{head}</tr></thead><tbody>
 {rows}</tbody></table></div>
 {failed}
-<p>FPS: test views one after another. {devices}</p>
+{notes}
 </body></html>
 """
 

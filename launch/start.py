@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distributed.communicator import Communicator, PeerError
-from launch.config import TrainConfig, to_plain
+from launch.config import FREE_GROUPS, TrainConfig, to_plain
 from launch.finetune import TRAINED_ITERATIONS
 from launch.parser import show_value
 from launch.prune_checks import last_prune
@@ -34,7 +34,6 @@ from scene.model_folder import ModelFolder
 from scene.model_import import import_model
 from strategies.schedule import Window
 
-FREE_GROUPS = frozenset({"logging", "checkpoint", "distribution", "benchmark", "viewer"})
 FREE_FLAGS = frozenset({"iterations", "bsz", "source_path", "model_path", "threads", "image_cache_gb", "data_device"})
 DATA_FLAGS = frozenset(
     {"images", "resolution", "eval", "llffhold", "num_train_cameras", "num_test_cameras", "dataset_type"}

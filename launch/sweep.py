@@ -5,22 +5,24 @@
 
 Everything behind `--` goes to train.py. One training runs to the start of the mask window and leaves a checkpoint; from
 there one end is trained for each ratio, one with the learned mask, and one without pruning. The results are in
-OUT/sweep.json, OUT/sweep.md and OUT/sweep.png. Ends that are finished are not trained again.
+OUT/sweep.json, OUT/sweep.md and OUT/sweep.png. Ends that are finished are not trained again, so that further ratios
+cost no more than themselves; ends of another score, other data or other flags are refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.children import Children
 from launch.cli import parse_train
 from launch.config import TrainConfig
+from launch.origin import Origin, check_origin
 from launch.prune_checks import SCORES
 from launch.run import run_main
 from scene.errors import InputError
@@ -48,13 +50,28 @@ class Sweep:
         """The training that these further flags make of it. Raises: InputError as train.py."""
         return parse_train([*self._common, "-m", str(self.output), *flags])
 
-    def command(self, name: str, *flags: str) -> list[str]:
-        """The call of train.py for one run of the sweep."""
-        return [sys.executable, str(ROOT / "train.py"), *self._common, "-m", str(self.output / name), *flags]
+    def origin(self, training: Training) -> Origin:
+        """What one of its trainings is started with."""
+        return Origin(self.source.absolute(), (*self.flags, *training.flags))
+
+    def command(self, training: Training) -> list[str]:
+        """The call of train.py for one of its trainings."""
+        model = ["-m", str(self.output / training.name)]
+        return [sys.executable, str(ROOT / "train.py"), *self._common, *model, *training.flags, *training.other_flags]
 
     @property
     def _common(self) -> list[str]:
         return ["-s", str(self.source), *self.flags]
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a sweep: its name, the flags that decide it, others, and the file or folder that it ends with."""
+
+    name: str
+    flags: tuple[str, ...]
+    marker: Path
+    other_flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,23 +87,38 @@ class Point:
 def run_sweep(sweep: Sweep) -> list[Point]:
     """Train what is not trained yet and measure everything; the points in the order of the ratios, learned one last.
 
-    Raises: InputError when flags do not fit, a training fails, or there are no test views to measure.
+    Raises: InputError when flags do not fit, a folder holds another training, one fails, or there are no test views.
     """
-    learning = ("--prune_method", sweep.score, "--use_importance_mask")
-    config = sweep.config(*learning)
-    fork = fork_iteration(config)
-    _train(sweep, "base", "--prune_method", "3dgs", "--stop_after", str(fork), marker=_checkpoint(sweep, fork))
-    start = ("--start_checkpoint", str(_checkpoint(sweep, fork)), "--checkpoint_iterations", "--render_and_evaluate")
-    ends = {UNPRUNED: ("--prune_method", "3dgs"), LEARNED: learning}
-    for ratio in sweep.ratios:
-        ends[f"{ratio:g}"] = ("--prune_method", sweep.score, "--prune_percent", f"{ratio:g}")
-    for name, flags in ends.items():
-        _train(sweep, name, *flags, *start, marker=sweep.output / name / "results.json")
+    config = sweep.config(*_learning(sweep))
+    base, *ends = trainings_of(sweep, fork_iteration(config))
+    for training in (base, *ends):
+        notice = check_origin(sweep.output / training.name, sweep.origin(training))
+        if notice:
+            print(f"sweep: {notice}", flush=True)
+    _train_missing(sweep, (base, *ends))
     last = config.optimization.iterations
-    found = {name: _measured(sweep.output / name, last) for name in ends}
+    found = {end.name: _measured(sweep.output / end.name, last) for end in ends}
     whole = found[UNPRUNED][0]
     names = [*(f"{ratio:g}" for ratio in sorted(sweep.ratios)), LEARNED]
     return [Point(name, 1 - found[name][0] / whole, *found[name]) for name in names]
+
+
+def trainings_of(sweep: Sweep, fork: int) -> list[Training]:
+    """The training to the fork, and the ends that begin there: unpruned, with the learned mask, and of each ratio."""
+    checkpoint = sweep.output / "base" / "checkpoints" / str(fork)
+    start = ("--start_checkpoint", str(checkpoint), "--checkpoint_iterations", "--render_and_evaluate")
+    ends = {UNPRUNED: ("--prune_method", "3dgs"), LEARNED: _learning(sweep)}
+    for ratio in sweep.ratios:
+        ends[f"{ratio:g}"] = ("--prune_method", sweep.score, "--prune_percent", f"{ratio:g}")
+    base = Training("base", ("--prune_method", "3dgs", "--stop_after", str(fork)), checkpoint)
+    return [
+        base,
+        *(Training(name, flags, sweep.output / name / "results.json", start) for name, flags in ends.items()),
+    ]
+
+
+def _learning(sweep: Sweep) -> tuple[str, ...]:
+    return ("--prune_method", sweep.score, "--use_importance_mask")
 
 
 def fork_iteration(config: TrainConfig) -> int:
@@ -102,21 +134,28 @@ def fork_iteration(config: TrainConfig) -> int:
     return fork
 
 
-def _checkpoint(sweep: Sweep, iteration: int) -> Path:
-    return sweep.output / "base" / "checkpoints" / str(iteration)
+def _train_missing(sweep: Sweep, trainings: Sequence[Training]) -> None:
+    """Train, one after another, what has not ended yet. Raises: InputError when a training fails."""
+    children = Children()
+
+    def train() -> None:
+        for training in trainings:
+            if not training.marker.exists():
+                _train(sweep, training, children)
+
+    children.work(train)
 
 
-def _train(sweep: Sweep, name: str, *flags: str, marker: Path) -> None:
-    """One training, unless the file or folder that it ends with is there. Raises: InputError when it fails."""
-    if marker.exists():
-        return
-    print(f"sweep: training {name}", flush=True)
-    command = sweep.command(name, *flags)
-    status = subprocess.run(command, check=False).returncode
-    if status != 0 or not marker.exists():
-        raise InputError(
-            f"the training of {sweep.output / name} ended with status {status}; its log is train.log there"
-        )
+def _train(sweep: Sweep, training: Training, children: Children) -> None:
+    """One training. Raises: InputError when it fails, or leaves nothing."""
+    print(f"sweep: training {training.name}", flush=True)
+    folder = ModelFolder.create(sweep.output / training.name).path
+    sweep.origin(training).write(folder)
+    status = children.run(sweep.command(training))
+    if status != 0 or not training.marker.exists():
+        log = ModelFolder(folder).train_log
+        where = f"its log is {log}" if log.exists() else "what it said stands above"
+        raise InputError(f"the training of {folder} ended with status {status}; {where}")
 
 
 def _measured(model: Path, iteration: int) -> tuple[int, dict[str, float]]:

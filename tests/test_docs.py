@@ -20,12 +20,12 @@ OF_OTHERS = {
     *("--standalone", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint"),  # torchrun
     *("--headless", "--hide-scrollbars", "--no-sandbox", "--screenshot", "--window-size", "--virtual-time-budget"),
     *("--views", "--output", "--architecture"),  # our modules outside the three scripts
-    *("--protocol", "--data", "--methods", "--seeds", "--add", "--gpus", "--jobs"),  # launch.run_all
+    *("--protocol", "--data", "--methods", "--seeds", "--add", "--post_iterations", "--gpus", "--jobs"),  # run_all
 }
 WRITTEN = re.compile(r"(demo-output|output|checkpoints|point_cloud|sparse|images|FOLDER|MODEL|OUT|tests/test_MODULE)\b")
 """Beginnings of paths that the program writes or that belong to the user."""
 FILES_OF_MODELS = {"config.json", "manifest.json", "cameras.json", "results.json", "per_view.json", "scales.json"}
-FILES_OF_MODELS |= {"results_train.json", "per_view_train.json"}
+FILES_OF_MODELS |= {"results_train.json", "per_view_train.json", "started.json"}
 FILES_OF_DATA_SETS = {"transforms_train.json", "transforms_test.json"}
 FILES_OF_NERFSTUDIO = {"camera_path.json", "dataparser_transforms.json"}
 FILES_OF_PREDECESSORS = {"run_all.py", "prune_finetune.py", "convert.py", "args.json", "results_test.json"}

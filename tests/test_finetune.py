@@ -186,33 +186,101 @@ def test_a_target_that_is_past_is_refused(any_scene: Path, tmp_path: Path) -> No
     assert train.main([*common, "-m", str(tmp_path / "c"), *start, "--target_gaussians", "900000"]) == 0
 
 
-@pytest.mark.parametrize("num_processes", [1, 3])
-def test_the_script_finetunes_every_scene_that_is_not_done(tmp_path: Path, num_processes: int) -> None:
-    """With a program in place of Python that writes down how it is called, and fails for one scene."""
-    for scene in ("bicycle", "my room", "train", "truck"):
-        (tmp_path / "models" / scene.replace(" ", "_")).mkdir(parents=True)
-    (tmp_path / "models" / "train" / "chkpnt30000.pth").touch()
-    (tmp_path / "out" / "truck").mkdir(parents=True)
-    (tmp_path / "out" / "truck" / "results.json").touch()
-    stub, calls = tmp_path / "python", tmp_path / "calls"
-    stub.write_text(f'#!/bin/sh\necho "$@" >> "{calls}"\ncase "$*" in *bicycle*) exit 2;; esac\n')
-    stub.chmod(0o755)
-    folders = [str(tmp_path / name) for name in ("data", "models", "out")]
+RECORDER = """#!/bin/sh
+printf '%s\\n' "$@" end >> "$0.calls"
+case "$*" in
+    *bicycle*) exit 2 ;;
+    *"my room"*) mkdir -p "$LOGGED" && echo "$$" > "$LOGGED/train.log" && exit 1 ;;
+esac
+"""
+"""In place of Python: writes down how it is called, and fails for two scenes, for one of them with a train.log."""
+
+
+def models_of_four_scenes(folder: Path) -> None:
+    for path in (
+        *("bicycle/chkpnt7000.pth", "bicycle/chkpnt30000.pth", "bicycle/point_cloud/iteration_30000/point_cloud.ply"),
+        *("my room/point_cloud/iteration_7000/point_cloud.ply", "my room/point_cloud/iteration_900/point_cloud.ply"),
+        *("train/chkpnt7000.pth", "train/chkpnt_best.pth", "train/point_cloud/iteration_12000/point_cloud.ply"),
+        "truck/point_cloud/iteration_30000/other.ply",
+    ):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).touch()
+
+
+def run_script(folder: Path, *arguments: str, num_processes: int = 1) -> tuple[subprocess.CompletedProcess, list[list]]:
+    """What run_prune_finetune.sh does with the folders data, models and "the out" below `folder`, and its calls."""
+    program = folder / "python"
+    program.write_text(RECORDER)
+    program.chmod(0o755)
+    environment = {"PYTHON": str(program), "NPROC": str(num_processes), "LOGGED": str(folder / "the out" / "my room")}
     done = subprocess.run(
-        [str(ROOT / "launch" / "run_prune_finetune.sh"), *folders, "--", "--lambda_mask", "0.1"],
-        env={"PYTHON": str(stub), "NPROC": str(num_processes), "PATH": os.environ["PATH"]},
+        [str(ROOT / "launch/run_prune_finetune.sh"), *(str(folder / name) for name in ("data", "models", "the out"))]
+        + list(arguments),
+        env={**environment, "PATH": os.environ["PATH"]},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 1 and "failed: bicycle (see train.log" in done.stderr
-    lines = calls.read_text().splitlines()
-    assert [re.findall(r"-m \S*/(\w+) ", line)[-1] for line in lines] == ["bicycle", "my_room", "train"]
-    parsed_lines = [parse_train(shlex.split(line.partition("train.py ")[2]), {}) for line in lines]
-    assert [Path(each.prune.start_pointcloud).name for each in parsed_lines] == ["point_cloud.ply"] * 2 + [""]
-    assert parsed_lines[2].checkpoint.start_checkpoint.endswith("train/chkpnt30000.pth")
-    assert all(each.prune.prune_finetune and each.mask.lambda_mask == 0.1 for each in parsed_lines)
-    assert all(("--nproc-per-node=3" in line) == (num_processes == 3) for line in lines)
+    calls = folder / "python.calls"
+    texts = calls.read_text().split("end\n")[:-1] if calls.exists() else []
+    calls.unlink(missing_ok=True)
+    return done, [text.splitlines() for text in texts]
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_the_script_finetunes_the_newest_model_of_every_scene(tmp_path: Path, num_processes: int) -> None:
+    models, out = tmp_path / "models", tmp_path / "the out"
+    models_of_four_scenes(models)
+    done, calls = run_script(tmp_path, "--", "--lambda_mask", "0.1", num_processes=num_processes)
+    split = [call.index(str(ROOT / "train.py")) for call in calls]
+    configs = [parse_train(call[place + 1 :], {}) for call, place in zip(calls, split, strict=True)]
+    assert [config.model.model_path for config in configs] == [out / "bicycle", out / "my room", out / "train"]
+    assert [config.model.source_path.name for config in configs] == ["bicycle", "my room", "train"]
+    assert configs[0].checkpoint.start_checkpoint == f"{models}/bicycle/chkpnt30000.pth"
+    assert [config.prune.start_pointcloud for config in configs] == [
+        "",
+        f"{models}/my room/point_cloud/iteration_7000/point_cloud.ply",
+        f"{models}/train/point_cloud/iteration_12000/point_cloud.ply",
+    ]
+    assert all(config.prune.prune_finetune and config.mask.lambda_mask == 0.1 for config in configs)
+    assert all(("--nproc-per-node=3" in call) == (num_processes == 3) for call in calls)
+    assert f"my room: pruning and finetuning iteration 7000, {configs[1].prune.start_pointcloud}\n" in done.stdout
+    assert done.returncode == 1 and done.stderr.endswith(
+        "failed:\n  bicycle: what train.py said stands above\n"
+        f"  my room: see {out}/my room/train.log\n"
+        "  truck: there is neither chkpntN.pth nor point_cloud/iteration_N/point_cloud.ply in "
+        f"{models}/truck; train it first\n"
+    )
+
+
+def test_the_script_leaves_alone_what_is_done_and_what_is_not_named(tmp_path: Path) -> None:
+    models_of_four_scenes(tmp_path / "models")
+    for name in ("train", "my room"):
+        (tmp_path / "the out" / name).mkdir(parents=True)
+    (tmp_path / "the out" / "train" / "results.json").touch()
+    done, calls = run_script(tmp_path, "train", "--")
+    assert (done.returncode, calls) == (0, []) and "train: " in done.stdout and "is left alone" in done.stdout
+    (tmp_path / "the out" / "train" / "results.json").unlink()
+    (tmp_path / "the out" / "my room" / "train.log").write_text("of an earlier training")
+    done, calls = run_script(tmp_path, "my room", "train")
+    assert [Path(call[call.index("-m") + 1]).name for call in calls] == ["my room", "train"]
+    assert done.stderr.endswith(f"failed:\n  my room: see {tmp_path}/the out/my room/train.log\n")
+
+
+def test_a_log_of_an_earlier_training_is_not_named(tmp_path: Path) -> None:
+    models_of_four_scenes(tmp_path / "models")
+    (tmp_path / "the out" / "bicycle").mkdir(parents=True)
+    (tmp_path / "the out" / "bicycle" / "train.log").write_text("of an earlier training")
+    done, _ = run_script(tmp_path, "bicycle")
+    assert done.stderr.endswith("failed:\n  bicycle: what train.py said stands above\n")
+
+
+def test_the_script_says_what_it_needs(tmp_path: Path) -> None:
+    done, calls = run_script(tmp_path)
+    assert (done.returncode, calls) == (2, []) and f"no folder of a model in {tmp_path}/models" in done.stderr
+    usage = subprocess.run([str(ROOT / "launch/run_prune_finetune.sh")], capture_output=True, text=True, check=False)
+    assert usage.returncode == 2 and usage.stderr.startswith("  launch/run_prune_finetune.sh DATA MODELS OUT [SCENE")
+    assert usage.stderr.endswith("NPROC=4 launch/run_prune_finetune.sh ...\n")
 
 
 def test_a_ply_without_gaussians_is_refused(tmp_path: Path) -> None:

@@ -4,14 +4,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-import launch.sweep
+import launch.children
 from launch.sweep import LEARNED, RATIOS, UNPRUNED, Point, Sweep, draw, fork_iteration, main, parse, run_sweep, table_of
 from scene.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def sweep_of(output: Path, *flags: str, ratios: tuple[float, ...] = (0.0, 0.9)) -> Sweep:
@@ -41,10 +48,17 @@ def test_all_ends_fork_before_the_first_prune(tmp_path: Path, flags: tuple[str, 
     assert fork_iteration(config) == expected
 
 
+class Ended:
+    """What subprocess.Popen returns, of a program that has ended with a status."""
+
+    def __init__(self, status: int) -> None:
+        self.wait = lambda: status
+
+
 def pretend(commands: list[list[str]], counts: dict[str, int]):
     """A train.py that writes what the sweep reads."""
 
-    def run(command: list[str], check: bool) -> object:
+    def start(command: list[str]) -> object:
         commands.append(command)
         model = Path(command[command.index("-m") + 1])
         (model / "checkpoints" / "4550").mkdir(parents=True, exist_ok=True)
@@ -53,15 +67,15 @@ def pretend(commands: list[list[str]], counts: dict[str, int]):
             (model / "results.json").write_text(json.dumps({"ours_7000": measures}))
             saved = {"kind": "saved", "iteration": 7000, "num_gaussians": counts[model.name]}
             (model / "metrics.jsonl").write_text(json.dumps(saved) + "\n")
-        return SimpleNamespace(returncode=0)
+        return Ended(0)
 
-    return run
+    return start
 
 
 def test_one_training_and_an_end_for_each_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
     counts = {UNPRUNED: 1000, LEARNED: 400, "0": 1000, "0.9": 100}
-    monkeypatch.setattr(launch.sweep, "subprocess", SimpleNamespace(run=pretend(commands, counts)))
+    monkeypatch.setattr(launch.children, "subprocess", SimpleNamespace(Popen=pretend(commands, counts)))
     arguments = ["-s", "data", "-o", str(tmp_path), "--ratios", "0.9", "0"]
     assert main([*arguments, "--", "--iterations", "7000", "--scale_schedules"]) == 0
     names = [Path(command[command.index("-m") + 1]).name for command in commands]
@@ -79,10 +93,66 @@ def test_one_training_and_an_end_for_each_ratio(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_failed_end_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing = SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=2))
-    monkeypatch.setattr(launch.sweep, "subprocess", failing)
-    with pytest.raises(InputError, match="ended with status 2; its log is train.log there"):
-        run_sweep(sweep_of(tmp_path, "--iterations", "7000", "--scale_schedules"))
+    failing = SimpleNamespace(Popen=lambda *_, **__: Ended(2))
+    monkeypatch.setattr(launch.children, "subprocess", failing)
+    sweep = sweep_of(tmp_path, "--iterations", "7000", "--scale_schedules")
+    with pytest.raises(InputError, match=r"base ended with status 2; what it said stands above"):
+        run_sweep(sweep)
+    (tmp_path / "base" / "train.log").touch()
+    with pytest.raises(InputError, match=r"base ended with status 2; its log is .*base/train\.log"):
+        run_sweep(sweep)
+
+
+@pytest.mark.parametrize(
+    ("own", "flags", "sentence"),
+    [
+        (["--score", "mini_splatting"], [], "learned .*--prune_method was rad_splat and is mini_splatting"),
+        ([], ["--lambda_mask", "0.5"], "base .*--lambda_mask was 0.0005 and is 0.5"),
+        ([], ["--iterations", "9000"], "base .*--iterations was 7000 and is 9000"),
+        ([], ["--prune_use_percent_iterations", "5000"], "base .*--prune_use_percent_iterations was 4667 and is 5000"),
+        (["-s", "other"], [], "base .*--source_path was .*data and is .*other"),
+    ],
+)
+def test_ends_of_another_sweep_are_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: list[str], flags: list[str], sentence: str
+) -> None:
+    commands: list[list[str]] = []
+    counts = {UNPRUNED: 1000, LEARNED: 400, "0": 1000, "0.9": 100, "0.5": 500}
+    monkeypatch.setattr(launch.children, "subprocess", SimpleNamespace(Popen=pretend(commands, counts)))
+    arguments, usual = ["-s", "data", "-o", str(tmp_path)], ["--", "--iterations", "7000", "--scale_schedules"]
+    assert main([*arguments, "--ratios", "0.9", *usual]) == 0 and len(commands) == 4
+    table = (tmp_path / "sweep.md").read_text()
+    with pytest.raises(InputError, match=f"{tmp_path}/{sentence}.*Choose another output folder with -o, or remove"):
+        main([*arguments, *own, "--ratios", "0.9", "0.5", *usual, *flags])
+    assert len(commands) == 4 and (tmp_path / "sweep.md").read_text() == table
+    assert main([*arguments, "--ratios", "0.9", "0.5", "0", *usual, "--no_report"]) == 0
+    assert [Path(command[command.index("-m") + 1]).name for command in commands[4:]] == ["0.5", "0"]
+
+
+SLOW_TRAINING = """
+import os, pathlib, sys, time
+pathlib.Path(sys.argv[sys.argv.index("-m") + 1], "pid").write_text(str(os.getpid()) + "\\n")
+time.sleep(60)
+"""
+SWEEP_OF_A_SLOW_TRAINING = """
+import pathlib, sys
+import launch.sweep
+launch.sweep.ROOT = pathlib.Path(sys.argv[1])
+launch.sweep.main(["-s", "data", "-o", sys.argv[1]])
+"""
+
+
+def test_sigterm_ends_the_training_that_is_running(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SLOW_TRAINING)
+    sweep = subprocess.Popen([sys.executable, "-c", SWEEP_OF_A_SLOW_TRAINING, str(tmp_path)], cwd=ROOT)
+    note, deadline = tmp_path / "base" / "pid", time.monotonic() + 30
+    while not (note.exists() and note.read_text().endswith("\n")):
+        assert time.monotonic() < deadline and sweep.poll() is None
+        time.sleep(0.02)
+    sweep.send_signal(signal.SIGTERM)
+    assert sweep.wait(30) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(note.read_text()), 0)
 
 
 def test_what_not_all_points_have_is_left_out(tmp_path: Path) -> None:
