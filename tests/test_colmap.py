@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from colmap_builder import CameraRow, Model, build_model, write_binary, write_text
+from colmap_builder import CameraRow, Model, build_model, write_binary, write_photos, write_text
 from scene.cameras import rotation_from_quaternion
 from scene.colmap import find_model, read_model
 from scene.colmap_records import ColmapModel
@@ -147,11 +147,48 @@ def test_folders_without_a_model_say_what_to_do(tmp_path: Path) -> None:
         find_model(tmp_path)
 
 
-def test_incomplete_model_is_refused(tmp_path: Path) -> None:
-    write_binary(tmp_path, build_model())
+def test_photos_of_convert_py_are_found(tmp_path: Path) -> None:
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "a.jpg").touch()
+    with pytest.raises(InputError, match="Then train with --images input ") as error:
+        find_model(tmp_path)
+    assert f"--image_path {tmp_path / 'input'} " in str(error.value)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("part", ["cameras", "images", "points3D"])
+@pytest.mark.parametrize("place", ["sparse/0", "sparse", "colmap/sparse/0"])
+def test_what_a_broken_model_lacks_is_named(tmp_path: Path, kind: str, part: str, place: str) -> None:
+    """No second reconstruction is advised, which would write another model into the same folder."""
+    model = build_model()
+    WRITERS[kind](tmp_path / place, model)
+    write_photos(tmp_path / "images", model)
+    (tmp_path / place / f"{part}.{kind}").unlink()
+    there = ", ".join(f"{name}.{kind}" for name in ("cameras", "images", "points3D") if name != part)
+    message = rf"^The COLMAP model in {tmp_path / place} lacks {part}.{kind} \(there: {there}\)\. "
+    with pytest.raises(InputError, match=message) as error:
+        read_model(find_model(tmp_path))
+    assert "automatic_reconstructor" not in str(error.value)
+
+
+def test_a_whole_text_model_is_read_beside_parts_of_a_binary_one(tmp_path: Path) -> None:
+    write_binary(tmp_path, build_model(num_points=9))
+    write_text(tmp_path, build_model(num_points=7))
     (tmp_path / "points3D.bin").unlink()
-    with pytest.raises(InputError, match="lacks points3D.bin"):
-        read_model(tmp_path)
+    assert len(read_model(tmp_path).xyz) == 7
+
+
+def test_a_model_under_another_number_is_named_with_the_command_that_moves_it(tmp_path: Path) -> None:
+    write_photos(tmp_path / "images", build_model(num_views=2))
+    write_binary(tmp_path / "sparse" / "1", build_model(num_views=5))
+    with pytest.raises(InputError, match=r"sparse/0, .* does not exist, but .*/sparse holds 1 \(5 images\)") as error:
+        find_model(tmp_path)
+    assert f"`mv {tmp_path / 'sparse' / '1'} {tmp_path / 'sparse' / '0'}`" in str(error.value)
+    assert "automatic_reconstructor" not in str(error.value)
+    write_text(tmp_path / "sparse" / "10", build_model(num_views=6))
+    write_binary(tmp_path / "sparse" / "2", build_model(num_views=7))
+    with pytest.raises(InputError, match=r"1 \(5 images\), 2 \(7 images\), 10\. To use 2, rename it"):
+        find_model(tmp_path)
 
 
 @pytest.mark.parametrize("kind", WRITERS)
