@@ -22,10 +22,10 @@ from scene.colmap_records import (
     REPAIR,
     ColmapCamera,
     ColmapImage,
-    check_camera_model,
     check_points,
     make_camera,
     make_image,
+    pinhole_params,
 )
 from scene.errors import InputError
 
@@ -121,11 +121,11 @@ def read_cameras_binary(path: Path) -> dict[int, ColmapCamera]:
             if model not in CAMERA_MODELS:
                 raise InputError(f"{place}: camera {camera_id} has the unknown model number {model}. {REPAIR}")
             name, num_params = CAMERA_MODELS[model]
-            check_camera_model(place, name, path.parent)
             params = cursor.unpack(struct.Struct(f"<{num_params}d"), "a camera's parameters")
             if camera_id in cameras:
                 raise InputError(f"{place}: camera id {camera_id} appears twice. {REPAIR}")
-            cameras[camera_id] = make_camera(place, camera_id, width, height, params)
+            pinhole = pinhole_params(place, name, params, path.parent)
+            cameras[camera_id] = make_camera(place, camera_id, width, height, pinhole)
         cursor.finish("cameras")
     return cameras
 

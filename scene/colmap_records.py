@@ -39,6 +39,16 @@ CAMERA_MODELS = {
     16: ("EUCM", 6),
     17: ("EQUIRECTANGULAR", 2),
 }
+# Models that are a pinhole when all that follows the intrinsics is 0 -> number of intrinsics. Fisheye models never are.
+UNDISTORTED_AT_ZERO = {
+    "SIMPLE_RADIAL": 3,
+    "RADIAL": 3,
+    "OPENCV": 4,
+    "FULL_OPENCV": 4,
+    "FOV": 4,
+    "SIMPLE_DIVISION": 3,
+    "DIVISION": 4,
+}
 MAX_SIDE = 1 << 20  # pixels
 MAX_NAME_BYTES = 4096
 MAX_COORDINATE = 1e15  # squared distances must stay finite in float32
@@ -99,13 +109,21 @@ def undistort_advice(sparse: Path) -> str:
     )
 
 
-def check_camera_model(place: str, name: str, sparse: Path) -> None:
-    """Raises InputError unless the camera model is one without lens distortion."""
-    if name not in ("SIMPLE_PINHOLE", "PINHOLE"):
-        raise InputError(
-            f"{place}: the camera model {name} is not supported: only PINHOLE and SIMPLE_PINHOLE are, because splats "
-            f"are drawn without lens distortion. {undistort_advice(sparse)}"
-        )
+def pinhole_params(place: str, name: str, params: Sequence[float], sparse: Path) -> Sequence[float]:
+    """Returns (f, cx, cy) or (fx, fy, cx, cy) of a camera of the model `name` that has no lens distortion.
+
+    Raises InputError for all others: splats are drawn through a pinhole.
+    """
+    if name in ("SIMPLE_PINHOLE", "PINHOLE"):
+        return params
+    number = UNDISTORTED_AT_ZERO.get(name, len(params))
+    if number < len(params) and not any(params[number:]):  # NaN counts as distortion
+        return params[:number]
+    raise InputError(
+        f"{place}: the camera model {name} is not supported: only PINHOLE and SIMPLE_PINHOLE are, and models of which "
+        "all distortion parameters are exactly 0, because splats are drawn without lens distortion. "
+        + undistort_advice(sparse)
+    )
 
 
 def make_camera(place: str, camera_id: int, width: int, height: int, params: Sequence[float]) -> ColmapCamera:

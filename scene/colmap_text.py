@@ -13,10 +13,10 @@ from scene.colmap_records import (
     REPAIR,
     ColmapCamera,
     ColmapImage,
-    check_camera_model,
     check_points,
     make_camera,
     make_image,
+    pinhole_params,
 )
 from scene.errors import InputError
 
@@ -38,14 +38,14 @@ def read_cameras_text(path: Path) -> dict[int, ColmapCamera]:
         if len(fields) < 4:
             raise InputError(f"{place}: expected '{_CAMERA_LAYOUT}', found {line[:80]!r}. {REPAIR}")
         camera_id, width, height = _integers(place, (fields[0], fields[2], fields[3]))
-        check_camera_model(place, fields[1][:40], path.parent)
-        params = _floats(place, fields[4:])
-        num_params = _NUM_PARAMS[fields[1]]
+        name, params = fields[1][:40], _floats(place, fields[4:])
+        num_params = _NUM_PARAMS.get(name, len(params))
         if len(params) != num_params:
-            raise InputError(f"{place}: {fields[1]} has {num_params} parameters, found {len(params)}. {REPAIR}")
+            raise InputError(f"{place}: {name} has {num_params} parameters, found {len(params)}. {REPAIR}")
         if camera_id in cameras:
             raise InputError(f"{place}: camera id {camera_id} appears twice. {REPAIR}")
-        cameras[camera_id] = make_camera(place, camera_id, width, height, params)
+        pinhole = pinhole_params(place, name, params, path.parent)
+        cameras[camera_id] = make_camera(place, camera_id, width, height, pinhole)
     return cameras
 
 

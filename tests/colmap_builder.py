@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-MODEL_IDS = {"SIMPLE_PINHOLE": 0, "PINHOLE": 1, "OPENCV": 4}
+MODEL_IDS = {"SIMPLE_PINHOLE": 0, "PINHOLE": 1, "SIMPLE_RADIAL": 2, "RADIAL": 3, "OPENCV": 4, "FULL_OPENCV": 6}
+MODEL_IDS |= {"FOV": 7, "RADIAL_FISHEYE": 9, "THIN_PRISM_FISHEYE": 10, "SIMPLE_DIVISION": 12, "DIVISION": 13}
 
 
 @dataclass

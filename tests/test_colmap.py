@@ -191,6 +191,58 @@ def test_a_model_under_another_number_is_named_with_the_command_that_moves_it(tm
         find_model(tmp_path)
 
 
+NO_DISTORTION = [
+    ("SIMPLE_RADIAL", 3, 1),
+    ("RADIAL", 3, 2),
+    ("OPENCV", 4, 4),
+    ("FULL_OPENCV", 4, 8),
+    ("FOV", 4, 1),
+    ("SIMPLE_DIVISION", 3, 1),
+    ("DIVISION", 4, 1),
+]
+INTRINSICS = {3: [60.0, 31.0, 25.0], 4: [60.0, 61.0, 31.0, 25.0]}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize(("name", "intrinsics", "others"), NO_DISTORTION)
+def test_distortion_of_exactly_zero_is_a_pinhole(
+    tmp_path: Path, kind: str, name: str, intrinsics: int, others: int
+) -> None:
+    model = build_model()
+    model.cameras[0] = CameraRow(1, name, 64, 48, [*INTRINSICS[intrinsics], *[0.0] * others])
+    WRITERS[kind](tmp_path, model)
+    camera = read_model(tmp_path).cameras[1]
+    assert (camera.fx, camera.fy, camera.cx, camera.cy) == (60.0, 60.0 if intrinsics == 3 else 61.0, 31.0, 25.0)
+    for position in range(others):
+        distortion = [0.0] * others
+        distortion[position] = 1e-12
+        model.cameras[0] = CameraRow(1, name, 64, 48, [*INTRINSICS[intrinsics], *distortion])
+        WRITERS[kind](tmp_path, model)
+        with pytest.raises(InputError, match=f"{name} is not supported"):
+            read_model(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "intrinsics", "others"), NO_DISTORTION)
+def test_pycolmap_projects_zero_distortion_as_a_pinhole(name: str, intrinsics: int, others: int) -> None:
+    pycolmap = pytest.importorskip("pycolmap", reason="pycolmap knows what the models mean")
+    params = [*INTRINSICS[intrinsics], *[0.0] * others]
+    theirs = pycolmap.Camera(model=name, width=64, height=48, params=params)
+    plain = pycolmap.Camera(
+        model="SIMPLE_PINHOLE" if intrinsics == 3 else "PINHOLE", width=64, height=48, params=params[:intrinsics]
+    )
+    for ray in np.random.default_rng(0).uniform((-0.6, -0.6, 1), (0.6, 0.6, 3), (50, 3)):
+        np.testing.assert_allclose(theirs.img_from_cam(ray), plain.img_from_cam(ray), atol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "others"), [("RADIAL_FISHEYE", 2), ("THIN_PRISM_FISHEYE", 8)])
+def test_a_fisheye_is_no_pinhole_without_distortion(tmp_path: Path, name: str, others: int) -> None:
+    model = build_model()
+    model.cameras[0] = CameraRow(1, name, 64, 48, [*INTRINSICS[3 if others == 2 else 4], *[0.0] * others])
+    write_binary(tmp_path, model)
+    with pytest.raises(InputError, match=f"{name} is not supported"):
+        read_model(tmp_path)
+
+
 @pytest.mark.parametrize("kind", WRITERS)
 def test_lens_distortion_is_refused_with_both_remedies(tmp_path: Path, kind: str) -> None:
     model = build_model()
