@@ -32,7 +32,7 @@ class ModelConfig:
     """Folder of the images inside a COLMAP data set, for example images_4; intrinsics are scaled to its true size."""
     resolution: int = flag(-1, source="3DGS", short="-r", minimum=-1)
     """1, 2, 4 or 8 divides the image size; -1 reduces images wider than 1600 pixels to 1600; any other number is the
-    width in pixels."""
+    width in pixels, at most 4 times that of the images."""
     eval: bool = flag(False, source="3DGS")
     """Holds every --llffhold-th image (sorted by name) back as test set; in Blender scenes the frames of
     transforms_test.json, which are trained on without it. MatrixCity's test frames are always held back."""

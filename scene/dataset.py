@@ -7,15 +7,24 @@ only, decodes no pixels, and never writes into the folder.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from scene.blender import POINTS_FILE, read_blender
 from scene.cameras import Camera, rotation_from_quaternion
-from scene.colmap import find_model, has_model, read_model
+from scene.colmap import (
+    PHOTO_SUFFIXES,
+    describe_models,
+    find_model,
+    has_model,
+    has_photos,
+    numbered_models,
+    read_model,
+)
 from scene.colmap_records import ColmapCamera, ColmapImage, ColmapModel
 from scene.errors import InputError
 from scene.matrixcity import FOCAL_KEYS, read_matrixcity
@@ -162,6 +171,7 @@ def _read_colmap(
             f"--llffhold {options.llffhold}: it is the period of the test images, so it must be at least 2 (default 8)."
         )
     model = _read_usable_model(source)
+    _notify_other_models(model.folder, check.notify)
     folder = _image_folder(source, options.images)
     images = sorted(model.images, key=lambda image: image.name)
     cameras = check_photos(
@@ -172,6 +182,7 @@ def _read_colmap(
         fix="Put the right files there, choose another folder with --images, or take them out of the model "
         "(colmap image_deleter).",
     )
+    _notify_unposed(folder, [image.name for image in images], check.notify)
     is_test = [options.eval and index % options.llffhold == 0 for index in range(len(cameras))]
     train = [camera for camera, held_out in zip(cameras, is_test, strict=True) if not held_out]
     test = [camera for camera, held_out in zip(cameras, is_test, strict=True) if held_out]
@@ -182,6 +193,37 @@ def _posed_photo(image: ColmapImage, camera: ColmapCamera, folder: Path) -> Pose
     lens = Pinhole(camera.width, camera.height, camera.fx, camera.fy, camera.cx, camera.cy)
     rotation = rotation_from_quaternion(image.quaternion)
     return PosedPhoto(image.name, folder / image.name, lambda width, height: lens, rotation, image.translation)
+
+
+def _notify_other_models(folder: Path, notify: Callable[[str], None]) -> None:
+    """Says that there are more models than the one that is used: their photos are not trained on."""
+    models = numbered_models(folder.parent) if folder.name.isdecimal() else []
+    if len(models) > 1:
+        notify(
+            f"{folder.parent} holds {len(models)} models, as COLMAP writes them when it cannot join all photos: "
+            f"{describe_models(models)}. {folder.name} is used; to use another, rename its folder to {folder.name}."
+        )
+
+
+def _notify_unposed(folder: Path, names: Sequence[str], notify: Callable[[str], None]) -> None:
+    """Says how many photos have no pose, of the folders where others have one.
+
+    COLMAP leaves out what it cannot place; without a word a user takes them for trained on.
+    """
+    parents = sorted({str(PurePosixPath(name).parent) for name in names})
+    found = {
+        str(PurePosixPath(parent, path.name))
+        for parent in parents
+        for path in (folder / parent).iterdir()
+        if path.suffix.lower() in PHOTO_SUFFIXES
+    }
+    unposed = sorted(found.difference(names))
+    if unposed:
+        listed = ", ".join(unposed[:3]) + (", ..." if len(unposed) > 3 else "")
+        notify(
+            f"{len(unposed)} of {len(found)} photos in {folder} have no pose in the COLMAP model and are not used: "
+            f"{listed}"
+        )
 
 
 def _read_usable_model(source: Path) -> ColmapModel:
@@ -252,6 +294,9 @@ def _image_folder(source: Path, name: str) -> Path:
     folder = source / name
     if not folder.is_dir():
         others = sorted(path.name for path in source.glob("images*") if path.is_dir())
-        hint = f"There is {', '.join(others)}: choose with --images." if others else "Set --images (-i) to their place."
+        others += ["input"] if has_photos(source / "input") else []  # where convert.py of 3DGS takes photos from
+        hint = "Set --images (-i) to their place."
+        if others:
+            hint = f"There is {', '.join(others)}: choose with --images, here -i {shlex.quote(others[0])}."
         raise InputError(f"The folder of the photos, {folder}, does not exist. {hint}")
     return folder

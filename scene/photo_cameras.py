@@ -7,7 +7,8 @@ What the formats of data sets have in common; where poses and lenses come from i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ from scene.photo import read_size
 
 WIDEST_DEFAULT = 1600  # pixels; 3DGS reduces wider photos unless told otherwise
 DIVISORS = (1, 2, 4, 8)
+LARGEST_ENLARGEMENT = 4
+"""Times the width of a photo. An enlargement adds no detail; a wider one is a slip, and costs 16 times the memory."""
+NARROW = 32
+"""Pixels of width below which --resolution N was hardly meant as a width."""
 _HEADER_THREADS = 8
 
 
@@ -51,6 +56,21 @@ class PosedPhoto:
     translation: np.ndarray
 
 
+@dataclass(frozen=True, eq=False)
+class _Sized:
+    """A camera and the (width, height) in pixels of its file."""
+
+    camera: Camera
+    found: tuple[int, int]
+
+    @property
+    def enlargement(self) -> float:
+        return self.camera.width / self.found[0]
+
+    def change(self) -> str:
+        return f"from {self.found[0]}x{self.found[1]} to {self.camera.width}x{self.camera.height} pixels"
+
+
 @dataclass(frozen=True)
 class PhotoCheck:
     """How photos become cameras: --resolution, who is told what was not asked for, and whether a bar is shown."""
@@ -78,12 +98,14 @@ def check_photos(
         headline, fix: the beginning and the end of the error that lists the photos that cannot be used.
 
     Raises:
-        InputError: lists every photo that is missing, damaged, of another shape than its lens, or reduced to nothing.
+        InputError: lists every photo that is missing, damaged, of another shape than its lens, or reduced to nothing;
+            or --resolution enlarges photos beyond `LARGEST_ENLARGEMENT`.
     """
     resolved = root.resolve() if root is not None else None
+    neighbours = functools.cache(_names_below)
 
-    def build(photo: PosedPhoto) -> Camera | str:
-        return _make_camera(photo, resolved, check.resolution)
+    def build(photo: PosedPhoto) -> _Sized | str:
+        return _make_camera(photo, resolved, check.resolution, neighbours)
 
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
         results = pool.map(build, photos)
@@ -92,30 +114,66 @@ def check_photos(
     problems = [item for item in built if isinstance(item, str)]
     if problems:
         raise list_problems(headline, problems, fix)
-    cameras = [item for item in built if isinstance(item, Camera)]
+    sized = [item for item in built if isinstance(item, _Sized)]
     if check.resolution == -1:
-        _notify_reduction(cameras, check.notify)
-    return cameras
+        _notify_reduction(sized, check.notify)
+    elif check.resolution not in DIVISORS:
+        _check_width(sized, check)
+    return [item.camera for item in sized]
 
 
-def _notify_reduction(cameras: Sequence[Camera], notify: Callable[[str], None]) -> None:
-    """Says once that wide photos are reduced; trained widths of exactly 1600 need a second look at the file."""
-    candidates = (camera.image_path for camera in cameras if camera.width == WIDEST_DEFAULT)
-    wide = sum(read_size(path)[0] > WIDEST_DEFAULT for path in candidates)
+def _notify_reduction(photos: Sequence[_Sized], notify: Callable[[str], None]) -> None:
+    """Says once that wide photos are reduced."""
+    wide = sum(photo.found[0] > WIDEST_DEFAULT for photo in photos)
     if wide:
         notify(
-            f"{wide} of {len(cameras)} images are wider than {WIDEST_DEFAULT} pixels and are reduced to that width; "
+            f"{wide} of {len(photos)} images are wider than {WIDEST_DEFAULT} pixels and are reduced to that width; "
             "--resolution 1 keeps their size."
         )
 
 
-def _make_camera(photo: PosedPhoto, root: Path | None, resolution: int) -> Camera | str:
+def _check_width(photos: Sequence[_Sized], check: PhotoCheck) -> None:
+    """Says what a width in pixels as --resolution does that was hardly meant; raises InputError when it is absurd."""
+    width = check.resolution
+    meaning = f"--resolution {width} is a width in pixels (only 1, 2, 4 and 8 divide the size)"
+    larger = [photo for photo in photos if photo.enlargement > 1]
+    if larger:
+        worst = max(larger, key=lambda photo: photo.enlargement)
+        if worst.enlargement > LARGEST_ENLARGEMENT:
+            raise InputError(
+                f"{meaning}, and would enlarge {worst.camera.name} {worst.change()}. More than {LARGEST_ENLARGEMENT} "
+                "times the width is refused: it adds no detail, and memory grows with its square. Give at most "
+                f"--resolution {LARGEST_ENLARGEMENT * min(photo.found[0] for photo in photos)} here, or --resolution 1 "
+                "for the size of the photos."
+            )
+        check.notify(
+            f"{meaning}: {len(larger)} of {len(photos)} images are enlarged, {worst.camera.name} {worst.change()}. "
+            "That adds no detail and costs time and memory; --resolution 1 keeps their size."
+        )
+    elif width < NARROW and photos:
+        widest = max(photos, key=lambda photo: photo.found[0])
+        check.notify(
+            f"{meaning}: {widest.camera.name} is reduced {widest.change()}. For a part of its size, give the pixels: "
+            f"--resolution {max(1, widest.found[0] // width)} is 1/{width} of its width."
+        )
+
+
+def _names_below(folder: Path) -> Mapping[str, str]:
+    """Returns the names in a folder by their lower-case form; none when there is no such folder."""
+    return {path.name.lower(): path.name for path in sorted(folder.iterdir())} if folder.is_dir() else {}
+
+
+def _make_camera(
+    photo: PosedPhoto, root: Path | None, resolution: int, neighbours: Callable[[Path], Mapping[str, str]]
+) -> _Sized | str:
     """Returns the camera of a photo, or what is wrong with its file."""
     try:
         if root is not None and not photo.path.resolve().is_relative_to(root):
             return f"{photo.name}: a link leads out of the image folder"
         if not photo.path.is_file():
-            return f"{photo.name}: the file does not exist"
+            other = neighbours(photo.path.parent).get(photo.path.name.lower())
+            hint = f", but {other} is there: rename it" if other else ""
+            return f"{photo.name}: the file does not exist{hint}"
         found = read_size(photo.path)
     except (OSError, RuntimeError) as error:  # unreadable folder; ring of links
         return f"{photo.name}: {error}"
@@ -129,7 +187,7 @@ def _make_camera(photo: PosedPhoto, root: Path | None, resolution: int) -> Camer
     width, height = training_size(*found, resolution)
     if width < 1 or height < 1:
         return f"{photo.name}: nothing is left of its {found[0]}x{found[1]} pixels with --resolution {resolution}"
-    return _scaled_camera(photo, lens, width, height)
+    return _Sized(_scaled_camera(photo, lens, width, height), found)
 
 
 def _same_shape(one: tuple[float, float], other: tuple[float, float]) -> bool:

@@ -154,6 +154,41 @@ def test_wide_photos_are_reduced_with_one_notice(tmp_path: Path) -> None:
     assert load(tmp_path, resolution=1).train[0].width == 1700
 
 
+@pytest.mark.parametrize("resolution", [150, 400])
+def test_enlargements_are_announced(tmp_path: Path, resolution: int) -> None:
+    model = build_model(num_views=3, size=(101, 67))
+    model.cameras.append(CameraRow(2, "SIMPLE_PINHOLE", 200, 100, [90.0, 100.0, 50.0]))
+    model.images[0].camera_id = 2
+    notices: list[str] = []
+    options = SceneOptions(resolution=resolution)
+    scene = load_scene(write_scene(tmp_path, model), options, notify=notices.append, progress=False)
+    assert {camera.width for camera in scene.train} == {resolution}
+    (notice,) = notices
+    assert f"--resolution {resolution} is a width in pixels" in notice
+    assert f"{3 if resolution == 400 else 2} of 3 images are enlarged, view001.png from 101x67 to" in notice
+
+
+@pytest.mark.parametrize(("resolution", "most"), [(405, 404), (100_000, 404)])
+def test_absurd_enlargements_are_refused(tmp_path: Path, resolution: int, most: int) -> None:
+    write_scene(tmp_path, build_model(num_views=2, size=(101, 67)))
+    with pytest.raises(InputError, match=rf"--resolution {resolution} is a width .* enlarge view000.png") as error:
+        load(tmp_path, resolution=resolution)
+    assert f"Give at most --resolution {most} here" in str(error.value)
+    load_scene(tmp_path, SceneOptions(resolution=most), notify=lambda _: None, progress=False)
+
+
+def test_a_width_of_few_pixels_is_announced(tmp_path: Path) -> None:
+    write_scene(tmp_path, build_model(num_views=2, size=(151, 270)))
+    notices: list[str] = []
+    scene = load_scene(tmp_path, SceneOptions(resolution=3), notify=notices.append, progress=False)
+    assert scene.train[0].width == 3
+    (notice,) = notices
+    assert "(only 1, 2, 4 and 8 divide the size): view000.png is reduced from 151x270 to 3x5 pixels" in notice
+    assert notice.endswith("--resolution 50 is 1/3 of its width.")
+    assert load(tmp_path, resolution=50).train[0].width == 50
+    assert load(tmp_path, resolution=8).train[0].width == 19
+
+
 def test_images_of_different_sizes_and_cameras(tmp_path: Path) -> None:
     model = build_model(num_views=4)
     model.cameras.append(CameraRow(5, "SIMPLE_PINHOLE", 30, 40, [33.0, 15.0, 20.0]))
@@ -250,6 +285,47 @@ def test_no_points_and_no_images_are_refused(tmp_path: Path, write) -> None:
         load(tmp_path)
 
 
+# What is in the folder and not used
+
+
+def test_one_of_several_models_is_used_with_one_notice(tmp_path: Path) -> None:
+    model = build_model(num_views=3)
+    write_scene(tmp_path, model)
+    load(tmp_path)
+    write_binary(tmp_path / "sparse" / "1", build_model(num_views=9))
+    (tmp_path / "sparse" / "2").mkdir()
+    notices: list[str] = []
+    scene = load_scene(tmp_path, SceneOptions(), notify=notices.append, progress=False)
+    assert len(scene.train) == 3
+    (notice,) = notices
+    assert f"{tmp_path / 'sparse'} holds 2 models" in notice
+    assert "0 (3 images), 1 (9 images). 0 is used" in notice
+
+
+def test_photos_without_a_pose_are_counted(tmp_path: Path) -> None:
+    model = build_model(num_views=10)
+    for image in model.images[:5]:
+        image.name = f"left/{image.name}"
+    write_scene(tmp_path, model)
+    (tmp_path / "images" / "notes.txt").touch()
+    load(tmp_path)
+    model.images = model.images[4:7]
+    write_binary(tmp_path / "sparse" / "0", model)
+    notices: list[str] = []
+    scene = load_scene(tmp_path, SceneOptions(), notify=notices.append, progress=False)
+    assert len(scene.train) == 3
+    (notice,) = notices
+    assert f"7 of 10 photos in {tmp_path / 'images'} have no pose in the COLMAP model and are not used: left/" in notice
+    assert notice.endswith("left/view000.png, left/view001.png, left/view002.png, ...")
+
+
+def test_photos_where_convert_py_takes_them_from_are_suggested(tmp_path: Path) -> None:
+    write_scene(tmp_path, build_model(num_views=3), images="input")
+    with pytest.raises(InputError, match="images, does not exist. There is input: choose with --images, here -i input"):
+        load(tmp_path)
+    assert len(load(tmp_path, images="input").train) == 3
+
+
 # Files
 
 
@@ -272,6 +348,16 @@ def test_all_bad_images_are_listed_at_once(tmp_path: Path) -> None:
         load(tmp_path)
     assert "view010.png: no image of a supported kind" in str(error.value)
     assert "view011.png: the image has 48x64 pixels, its camera 64x48" in str(error.value)
+
+
+def test_a_name_that_differs_in_case_is_shown(tmp_path: Path) -> None:
+    write_scene(tmp_path, build_model(num_views=3))
+    (tmp_path / "images" / "view001.png").rename(tmp_path / "images" / "View001.PNG")
+    if (tmp_path / "images" / "view001.png").exists():
+        pytest.skip("this file system makes no difference")
+    message = r"\(1\): view001.png: the file does not exist, but View001.PNG is there: rename it"
+    with pytest.raises(InputError, match=message):
+        load(tmp_path)
 
 
 def test_links_may_lead_to_the_folder_but_not_out_of_it(tmp_path: Path) -> None:
