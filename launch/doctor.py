@@ -86,11 +86,9 @@ def run_doctor(config: TrainConfig, show: Callable[[str], None] = print) -> int:
         for finding in findings:
             show(f"  {finding.status:<5} {finding.name:<{width}}  {finding.detail}")
     faults = sum(finding.status == "fault" for _, findings in sections for finding in findings)
-    show(
-        f"{faults} fault(s), see above. `make setup` installs all that is needed into .venv."
-        if faults
-        else "Nothing stands in the way of training here."
-    )
+    # Data is looked at only when nothing is missing, so that faults are either of the one kind or of the other.
+    advice = "mend it and ask again" if is_complete else "`make setup` installs all that is needed into .venv"
+    show(f"{faults} fault(s), see above: {advice}." if faults else "Nothing stands in the way of training here.")
     return 2 if faults else 0
 
 
@@ -217,23 +215,28 @@ def find_version(part: Part) -> str | None:
 def data_findings(config: TrainConfig) -> list[Finding]:
     """What a data set holds: views, camera sizes, points, memory; or the one fault that makes it unusable."""
     from scene.dataset import SceneOptions, load_scene  # imported here: the doctor must also work without torch
+    from scene.images import check_all_pixels
+    from scene.points import notice_on_few
 
     model = config.model
     notices: list[str] = []
     try:
         scene = load_scene(model.source_path, pick(SceneOptions, model), notify=notices.append)
+        cameras = (*scene.train, *scene.test)
+        check_all_pixels(cameras, num_threads=available_cores(), progress=True)
     except InputError as error:
         return [Finding("fault", "data", str(error))]
-    cameras = (*scene.train, *scene.test)
     sizes = Counter((camera.width, camera.height) for camera in cameras)
     listed = ", ".join(f"{count} of {w}x{h}" for (w, h), count in sizes.most_common(4))
     findings = [
-        Finding("ok", "views", f"{len(scene.train)} to train, {len(scene.test)} to test (all files present)"),
+        Finding("ok", "views", f"{len(scene.train)} to train, {len(scene.test)} to test (all files decode)"),
         Finding("ok", "sizes", listed + (f" and {len(sizes) - 4} other sizes" if len(sizes) > 4 else "")),
         Finding("ok", "points", f"{len(scene.points.xyz):,}; scene extent {scene.extent:.3g}"),
         memory_finding([(camera.width, camera.height) for camera in cameras], config.pipeline.image_cache_gb),
     ]
-    findings += [Finding("note", "size", notice) for notice in notices]
+    few = notice_on_few(len(scene.points.xyz))
+    notices += [few] if few else []
+    findings += [Finding("note", "data", notice) for notice in notices]
     if not scene.test:
         findings.append(Finding("note", "split", "every view is trained on; --eval holds some back for measuring"))
     return findings

@@ -38,7 +38,7 @@ from scene.errors import InputError
 from scene.gaussians import GaussianTable
 from scene.images import ImageStore, on_background
 from scene.node_images import NodeImages
-from scene.points import initial_gaussians
+from scene.points import initial_gaussians, notice_on_few
 from scene.row_edit import RowEdit, TableEdit
 from scene.sampler import ViewSampler
 from strategies.base import CombinedStrategy
@@ -435,6 +435,9 @@ def first_table(
 
 def initial_table(config: TrainConfig, scene: Scene, *, show_progress: bool) -> GaussianTable:
     """One Gaussian at every point of the cloud, less those that --drop_initial_3dgs_p takes out."""
+    notice = notice_on_few(len(scene.points.xyz))
+    if notice is not None:
+        print(notice)
     table = GaussianTable.from_arrays(initial_gaussians(scene.points, config.model.sh_degree, progress=show_progress))
     dropped = config.debug.drop_initial_3dgs_p
     if dropped == 0.0:

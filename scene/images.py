@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from scene.cameras import Camera
 from scene.errors import InputError, list_problems
-from scene.photo import read_photo
+from scene.photo import check_photo, read_photo
 
 IMAGE_FIX = "Replace these files, or take them out of the COLMAP model (colmap image_deleter) or of transforms_*.json."
 
@@ -32,6 +32,28 @@ def on_background(pixels: Tensor, background: Tensor) -> Tensor:
         return pixels
     behind = background.to(pixels.device) * (255 - pixels[..., 3:]).float()
     return (pixels[..., :3].float() + behind).round().clamp(max=255).to(torch.uint8)
+
+
+def check_all_pixels(cameras: Sequence[Camera], *, num_threads: int, progress: bool) -> None:
+    """Decodes the photo of every camera once and keeps nothing; headers alone do not show that a file is cut off.
+
+    Raises:
+        InputError: lists all photos that are missing or damaged.
+    """
+
+    def problem(camera: Camera) -> str | None:
+        try:
+            check_photo(camera.image_path)
+        except InputError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="check") as pool:
+        answers = pool.map(problem, cameras)
+        bar = tqdm(answers, "Decoding images", len(cameras), unit="image", delay=2.0, disable=not progress)
+        problems = [answer for answer in bar if answer is not None]
+    if problems:
+        raise list_problems("Images cannot be used", problems, IMAGE_FIX)
 
 
 class ImageStore:

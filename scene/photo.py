@@ -72,6 +72,24 @@ def read_photo(path: Path, size: tuple[int, int], background: tuple[float, float
         raise InputError(f"{path}: {_reason(error)}") from error
 
 
+def check_photo(path: Path) -> None:
+    """Decodes all of a file at the smallest size that its format offers; JPEGs cost a fraction of `read_photo`.
+
+    Raises:
+        InputError: as `read_photo`.
+    """
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if image.format == "PNG":
+                _check_png_pixels(data)
+            image.draft(None, (1, 1))  # JPEG: every block is read, an eighth of each side computed
+            image.load()
+            _to_rgb(image.crop((0, 0, 1, 1)), (0.0, 0.0, 0.0))  # refuses what has no 8-bit form
+    except _DAMAGE as error:
+        raise InputError(f"{path}: {_reason(error)}") from error
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "the file does not exist"

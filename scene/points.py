@@ -16,6 +16,9 @@ INITIAL_OPACITY = 0.1
 INITIAL_MASK_LOGIT = 9.0
 NUM_NEIGHBOURS = 3
 SMALLEST_SQUARED_DISTANCE = 1e-7  # world units squared, as 3DGS
+FEW_POINTS = 100
+"""Density control does not make up for a start from fewer: tiny-fox with random subsets of its points, one seed, 3 000
+iterations, has a test PSNR of 30.5 dB from 4 000, 30.4 from 1 000, 29.8 from 100, 27.8 from 30, 21.5 from 2."""
 _QUERY_ROWS = 1 << 16
 
 
@@ -37,6 +40,17 @@ def initial_gaussians(points: PointCloud, sh_degree: int, *, progress: bool = Tr
         "scales": np.repeat(log_scale[:, None], 3, axis=1).astype(np.float32),
         "quats": np.tile(np.array([1, 0, 0, 0], np.float32), (number, 1)),
     }
+
+
+def notice_on_few(number: int) -> str | None:
+    """Returns a warning when a training starts from so few points that it shows in the result; None otherwise."""
+    if number >= FEW_POINTS:
+        return None
+    return (
+        f"There are {number} points to start from, fewer than {FEW_POINTS}: a poor start, and the result may be worse "
+        "than the photos allow. COLMAP usually finds thousands: run the reconstruction again, or "
+        "`colmap point_triangulator` on this model."
+    )
 
 
 def mean_squared_distances(xyz: np.ndarray, *, progress: bool = True) -> np.ndarray:

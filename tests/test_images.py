@@ -18,8 +18,8 @@ from colmap_builder import smooth_pixels
 from scene.cameras import Camera
 from scene.dataset import SceneOptions, load_scene
 from scene.errors import InputError
-from scene.images import ImageStore
-from scene.photo import read_photo, read_size
+from scene.images import ImageStore, check_all_pixels
+from scene.photo import check_photo, read_photo, read_size
 
 WIDTH, HEIGHT = 23, 17
 
@@ -203,6 +203,39 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path, kind: str) -> None:
                 store.fetch(0)
         assert str(error.value).count("\n") == 0
         assert "colmap image_deleter" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_check_finds_what_reading_finds(tmp_path: Path, kind: str) -> None:
+    path = damaged_files(tmp_path)[kind]
+    with pytest.raises(InputError) as reading:
+        read_photo(path, (WIDTH, HEIGHT), (0, 0, 0))
+    with pytest.raises(InputError) as checking:
+        check_photo(path)
+    assert str(checking.value) == str(reading.value)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_check_reads_every_block_of_a_jpeg(tmp_path: Path, progressive: bool, mode: str) -> None:
+    path = tmp_path / "a.jpg"
+    noise = np.random.default_rng(0).integers(0, 256, (160, 240, 3)).astype(np.uint8)
+    Image.fromarray(noise).convert(mode).save(path, progressive=progressive)
+    whole = path.read_bytes()
+    check_photo(path)
+    for share in (0.5, 0.9, 0.99):
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(InputError, match="truncated"):
+            check_photo(path)
+
+
+def test_a_check_of_all_lists_the_damaged(tmp_path: Path) -> None:
+    good = write_numbered(tmp_path, 3)
+    check_all_pixels(good, num_threads=2, progress=False)
+    bad = [make_camera(path) for path in damaged_files(tmp_path).values()]
+    with pytest.raises(InputError, match=r"Images cannot be used \(11\): ") as error:
+        check_all_pixels([good[0], *bad, *good[1:]], num_threads=2, progress=False)
+    assert "colmap image_deleter" in str(error.value)
 
 
 def test_preload_lists_all_damaged_files(tmp_path: Path) -> None:

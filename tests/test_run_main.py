@@ -17,6 +17,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from colmap_builder import build_model, write_binary, write_photos
 from launch import doctor, machine
 from launch.cli import parse_train
 from launch.metrics_log import MetricsLog
@@ -233,6 +234,45 @@ def test_doctor_reports_unusable_data(tmp_path: Path) -> None:
     lines: list[str] = []
     assert doctor.run_doctor(parse_train(["--doctor", "-s", str(tmp_path)], {}), lines.append) == 2
     assert any(line.split()[:2] == ["fault", "data"] and "COLMAP" in line for line in lines)
+
+
+def asked_about(source: Path, *flags: str) -> tuple[int, list[str]]:
+    """The doctor's status and lines on a data set."""
+    lines: list[str] = []
+    status = doctor.run_doctor(parse_train(["--doctor", "-s", str(source), *flags], {}), lines.append)
+    return status, lines
+
+
+def test_doctor_decodes_every_photo(tmp_path: Path) -> None:
+    model = build_model(num_views=12, size=(160, 120))
+    for image in model.images:
+        image.name = image.name.replace(".png", ".jpg")
+    write_binary(tmp_path / "sparse" / "0", model)
+    write_photos(tmp_path / "images", model)
+    status, lines = asked_about(tmp_path)
+    assert (status, lines[-1]) == (0, "Nothing stands in the way of training here.")
+    for number in (3, 7):
+        path = tmp_path / "images" / f"view{number:03d}.jpg"
+        path.write_bytes(path.read_bytes()[:-300])
+    status, lines = asked_about(tmp_path)
+    (fault,) = [line for line in lines if line.split()[0] == "fault"]
+    assert status == 2
+    assert "view003.jpg: image file is truncated" in fault and "view007.jpg" in fault
+    assert lines[-1] == "1 fault(s), see above: mend it and ask again."
+
+
+def test_doctor_says_what_makes_a_poor_training(tmp_path: Path) -> None:
+    model = build_model(num_views=5, num_points=2)
+    write_photos(tmp_path / "images", model)
+    del model.images[3:]
+    write_binary(tmp_path / "sparse" / "0", model)
+    status, lines = asked_about(tmp_path, "-r", "100")
+    notes = [line for line in lines if line.split()[:2] == ["note", "data"]]
+    assert status == 0
+    assert len(notes) == 3
+    for text in ("2 of 5 photos", "2 points to start from", "3 of 3 images are enlarged"):
+        assert any(text in note for note in notes)
+    assert asked_about(tmp_path, "-r", "100000")[0] == 2
 
 
 def test_doctor_says_what_cuda_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train
+from colmap_builder import build_model, write_binary, write_photos
 from distributed.communicator import Communicator
 from gaussian_renderer.image_quality import psnr, to_8bit
 from gaussian_renderer.rendering import render_rgb
@@ -23,6 +24,7 @@ from masksplat.ops import get_body
 from scene.errors import InputError
 from scene.model_folder import ModelFolder
 from scene.ply import load_ply
+from scene.points import FEW_POINTS
 from strategies.schedule import Window
 
 SHORT = (
@@ -75,6 +77,15 @@ def test_a_world_of_one_takes_the_same_path(any_scene: Path, tmp_path: Path, mon
         monkeypatch.setenv(name, value)
     run(any_scene, tmp_path / "torchrun")
     assert ply_bytes(tmp_path / "alone") == ply_bytes(tmp_path / "torchrun")
+
+
+def test_a_start_from_few_points_is_announced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in (FEW_POINTS - 1, FEW_POINTS):
+        model = build_model(num_points=number)
+        write_binary(tmp_path / str(number) / "sparse" / "0", model)
+        write_photos(tmp_path / str(number) / "images", model)
+        built(tmp_path / str(number), tmp_path / "out")
+        assert ("points to start from, fewer than" in capsys.readouterr().out) == (number < FEW_POINTS)
 
 
 def test_half_a_launcher_is_an_error(any_scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
