@@ -41,12 +41,18 @@ def render_model(config: RenderConfig, ranks: Communicator | None = None) -> int
         threads = threads_per_rank(config.pipeline.threads, ranks)
         torch.set_num_threads(threads)
         drawer = load_drawer(config, folder.point_cloud(iteration), threads, ranks.device)
-        scene = load_scene(config.model.source_path, pick(SceneOptions, config.model), progress=is_shown)
+        notify = print if is_shown else _say_nothing
+        options = pick(SceneOptions, config.model)
+        scene = load_scene(config.model.source_path, options, notify=notify, progress=is_shown)
         splits = _wanted_splits(config, scene)
     if is_shown:
         print(f"{len(drawer.params['means']):,} Gaussians of iteration {iteration:,}")
     places = {split: folder.split_folder(split, iteration) for split in splits}
     return sum(_render_split(config, drawer, cameras, places[split], ranks) for split, cameras in splits.items())
+
+
+def _say_nothing(notice: str) -> None:
+    """Takes the notices of ranks that show nothing: rank 0 has said the same."""
 
 
 def chosen_views(count: int, flags: RenderFlags) -> list[int]:
