@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy.spatial import cKDTree
 
 from distributed.communicator import Communicator
 from launch.cli import parse_render
@@ -22,6 +24,9 @@ from scene.dataset import Scene, SceneOptions, load_scene
 from scene.errors import InputError
 from scene.images import ImageStore
 from scene.model_folder import ModelFolder
+
+SAME_PLACE = 1e-3
+"""Of the scene's extent, within which two cameras are the same."""
 
 
 def render_model(config: RenderConfig, ranks: Communicator | None = None) -> int:
@@ -42,11 +47,26 @@ def render_model(config: RenderConfig, ranks: Communicator | None = None) -> int
         torch.set_num_threads(threads)
         drawer = load_drawer(config, folder.point_cloud(iteration), threads, ranks.device)
         scene = load_scene(config.model.source_path, pick(SceneOptions, config.model), progress=is_shown)
+        check_scene(scene, folder)
         splits = _wanted_splits(config, scene)
     if is_shown:
         print(f"{len(drawer.params['means']):,} Gaussians of iteration {iteration:,}")
     places = {split: folder.split_folder(split, iteration) for split in splits}
     return sum(_render_split(config, drawer, cameras, places[split], ranks) for split, cameras in splits.items())
+
+
+def check_scene(scene: Scene, folder: ModelFolder) -> None:
+    """Raises: InputError when no camera of a scene is where one of a model's cameras.json is."""
+    known = folder.camera_centers()
+    centers = np.array([camera.center for camera in (*scene.train, *scene.test)]).reshape(-1, 3)
+    if not len(known) or not len(centers):
+        return
+    distance, _ = cKDTree(known).query(centers)
+    if distance.min() > SAME_PLACE * scene.extent:
+        raise InputError(
+            f"the model in {folder.path} was not trained on these data: none of their {len(centers)} cameras is where "
+            f"one of cameras.json is ({len(known)}); give the data it was trained on with -s"
+        )
 
 
 def chosen_views(count: int, flags: RenderFlags) -> list[int]:
