@@ -10,6 +10,7 @@ from distributed.communicator import Communicator
 from launch.cli import parse_train
 from launch.config import TrainConfig, cfg_args_values, to_plain
 from launch.doctor import run_doctor
+from launch.interruption import keep_and_end, noticed_interruption
 from launch.late_steps import LateSteps
 from launch.machine import prefer_huge_pages
 from launch.memory import bytes_per_gaussian
@@ -18,7 +19,7 @@ from launch.recorder import Recorder
 from launch.rescue import keeping_what_is_trained
 from launch.run import run_main, tee_output
 from launch.run_logs import open_logs
-from launch.start import Start, begin, find_start
+from launch.start import Start, begin, check_folders, find_start
 from launch.step_graphs import compute_step
 from launch.training import Training, build_training
 from launch.world import agree_on_folder, device_type_of, joined_world, parse_once
@@ -45,6 +46,7 @@ def run(config: TrainConfig, communicator: Communicator, arguments: Sequence[str
     """Everything from the folder to the report, on this rank; rank 0 shows it."""
     main = communicator.is_main
     with communicator.all_or_none(InputError):
+        check_folders(config)
         folder = ModelFolder.create(config.model.model_path)
         log = folder.train_log if main else folder.rank_log(communicator.rank)
     start = find_start(config, folder, communicator)
@@ -92,13 +94,19 @@ def train(training: Training, folder: ModelFolder, start: Start) -> bool:
         if start.checkpoint is not None:
             recorder.resume(start.checkpoint)
         late, step = LateSteps(training, recorder), training.first_step
-        with keeping_what_is_trained(training, recorder, late), training.recordings():
+        with (
+            keeping_what_is_trained(training, recorder, late),
+            training.recordings(),
+            noticed_interruption(ranks) as interruption,
+        ):
             while step < training.stop_step:
                 step = train_step(training, recorder, late, step)
+                if interruption.signal is not None and step < training.stop_step:
+                    keep_and_end(training, recorder, late, step, interruption)
         if training.stop_step < training.num_steps:
             print(f"stopped after {config.optimization.stop_after} of {iterations} images, with a checkpoint")
             return False
-        seconds, count = recorder.end(), recorder.num_kept()
+        seconds, count = recorder.end(), recorder.num_saved
     images, peak = iterations - recorder.untimed_images, recorder.gpu_peak.sentence()
     print(f"trained {images} images in {seconds:.1f} s, {count:,} Gaussians{peak}")
     return True

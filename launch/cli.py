@@ -131,8 +131,18 @@ def parse_train(arguments: Sequence[str], environment: Mapping[str, str] = os.en
     _check_together(config)
     tests = tuple(sorted({*config.logging.test_iterations, *price_iterations(config)}))
     config = dataclasses.replace(config, logging=dataclasses.replace(config.logging, test_iterations=tests))
-    more = (*flags_without_method(config), *masks_without_pull(config))
+    more = (*flags_without_method(config), *masks_without_pull(config), *_out_of_reach(config, given))
     return dataclasses.replace(config, notices=(*notices, *more))
+
+
+def _out_of_reach(config: TrainConfig, given: Mapping[str, Any]) -> list[str]:
+    """Sentences for numbers that are fine for other trainings, or on other machines."""
+    last, threads, cores = config.optimization.iterations, config.pipeline.threads, os.cpu_count() or 1
+    lost = [number for number in given.get("checkpoint_iterations", ()) if not 1 <= number <= last]
+    notices = [f"--checkpoint_iterations {number} never comes: --iterations is {last}." for number in lost]
+    if threads > cores:
+        notices.append(f"--threads {threads} is more than the {cores} processors of this machine: they will wait.")
+    return notices
 
 
 def _preset(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from gaussian_renderer.step import StepResult
 from launch.bodies import OverflowWatch, overflow_watch, room_of_windows
 from launch.recorder import Recorder, Seen
 from launch.training import Training
+from scene.errors import InputError
 from strategies.base import LateNumber, Numbers
 from strategies.schedule import Window
 
@@ -126,6 +127,10 @@ def _known(pending: _Pending, numbers: StepNumbers, others: Sequence[Tensor]) ->
 
 
 def require_finite(loss: float, window: Window) -> None:
-    """Raises: FloatingPointError when the loss is not a number any more."""
+    """Raises: InputError when the loss is not a number any more."""
     if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss of iteration {window.first} is {loss}")
+        raise InputError(
+            f"the training has diverged: the loss of iteration {window.first} is {loss}. Lower the learning rates "
+            "(--feature_lr, --opacity_lr, --scaling_lr, --rotation_lr, --position_lr_init), or look for wrong photos "
+            "or poses; what was saved before is as it was"
+        )

@@ -49,12 +49,20 @@ class MetricsLog:
 
         Raises:
             TypeError: a value is neither a number, text, Boolean, None, nor a list or mapping of them.
+            InputError: the disk is full, or the file cannot be written for another reason.
         """
         if self._file is None:
             return
         line = {"kind": kind, **_plain({**(entries or {}), **more})}
-        self._file.write(json.dumps(line, allow_nan=False, separators=(",", ":")) + "\n")
-        self._file.flush()
+        text = json.dumps(line, allow_nan=False, separators=(",", ":")) + "\n"
+        try:
+            self._file.write(text)
+            self._file.flush()
+        except OSError as error:
+            raise InputError(
+                f"{self._file.name} cannot be written any more: {error.strerror}. Free some space, and go on from the "
+                "newest checkpoint with --auto_start_checkpoint, if there is one (--checkpoint_iterations)"
+            ) from error
 
     def close(self) -> None:
         """Closes the file; writing afterwards is an error."""

@@ -242,7 +242,7 @@ def _check_target(config: TrainConfig) -> None:
     if method not in ("mask", *SCORES) or prune.use_importance_mask:
         raise InputError(
             "a target size goes with --prune_method mask, rad_splat or mini_splatting, not with "
-            f"{method}{_mode(config)}"
+            f"{method}{' --use_importance_mask' if prune.use_importance_mask else ''}"
         )
     ends = target_start(config)
     first_prune = min((each for each in prune.prune_use_percent_iterations if each > trained_before(config)), default=0)

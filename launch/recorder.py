@@ -53,7 +53,8 @@ class Recorder:
     """Writes the logs of one training and shows its progress. Seconds exclude evaluation and saving.
 
     train_seconds: of all runs since the training began; total_seconds: of this run, everything included;
-    untimed_images: images trained before the clock was started, by the program that a checkpoint was imported from.
+    untimed_images: images trained before the clock was started, by the program that a checkpoint was imported from;
+    num_saved: Gaussians in the model that was saved last.
     """
 
     training: Training
@@ -64,6 +65,7 @@ class Recorder:
     peak_memory: int = 0
     gpu_peak: GpuPeak = GpuPeak()
     untimed_images: int = 0
+    num_saved: int = 0
     _process: psutil.Process = field(default_factory=psutil.Process)
     _started: float = field(default_factory=time.perf_counter)
     _resumed: float = field(default_factory=time.perf_counter)
@@ -104,11 +106,6 @@ class Recorder:
     def num_gaussians(self) -> int:
         """Gaussians of all ranks. All ranks."""
         return int(self.training.total(len(self.training.table))[0])
-
-    def num_kept(self) -> int:
-        """Those of them that are evaluated and saved. All ranks."""
-        return int(self.training.total(int(self.training.strategy.keep(self.training.table).sum()))[0])
-
     def is_due(self, window: Window) -> bool:
         """Whether `after_update` or `after_edits` will look at the table of this very step."""
         config = self.training.config
@@ -307,6 +304,7 @@ class Recorder:
         keep = training.strategy.keep(training.table)
         count = save_ply(path, training.strategy.final_params(training.table), keep=keep, ranks=training.communicator)
         name = str(path.relative_to(self.folder.path))
+        self.num_saved = count
         self.logs.main.write("saved", iteration=iteration, path=name, num_gaussians=count)
         self.progress.message(f"[iteration {iteration}] saved {count:,} Gaussians to {path}")
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy.spatial import cKDTree
 
 from distributed.communicator import Communicator
 from launch.cli import parse_render
@@ -22,6 +24,9 @@ from scene.dataset import Scene, SceneOptions, load_scene
 from scene.errors import InputError
 from scene.images import ImageStore
 from scene.model_folder import ModelFolder
+
+SAME_PLACE = 1e-3
+"""Of the scene's extent, within which two cameras are the same."""
 
 
 def render_model(config: RenderConfig, ranks: Communicator | None = None) -> int:
@@ -44,6 +49,7 @@ def render_model(config: RenderConfig, ranks: Communicator | None = None) -> int
         notify = print if is_shown else _say_nothing
         options = pick(SceneOptions, config.model)
         scene = load_scene(config.model.source_path, options, notify=notify, progress=is_shown)
+        check_scene(scene, folder)
         splits = _wanted_splits(config, scene)
     if is_shown:
         print(f"{len(drawer.params['means']):,} Gaussians of iteration {iteration:,}")
@@ -53,6 +59,20 @@ def render_model(config: RenderConfig, ranks: Communicator | None = None) -> int
 
 def _say_nothing(notice: str) -> None:
     """Takes the notices of ranks that show nothing: rank 0 has said the same."""
+
+
+def check_scene(scene: Scene, folder: ModelFolder) -> None:
+    """Raises: InputError when no camera of a scene is where one of a model's cameras.json is."""
+    known = folder.camera_centers()
+    centers = np.array([camera.center for camera in (*scene.train, *scene.test)]).reshape(-1, 3)
+    if not len(known) or not len(centers):
+        return
+    distance, _ = cKDTree(known).query(centers)
+    if distance.min() > SAME_PLACE * scene.extent:
+        raise InputError(
+            f"the model in {folder.path} was not trained on these data: none of their {len(centers)} cameras is where "
+            f"one of cameras.json is ({len(known)}); give the data it was trained on with -s"
+        )
 
 
 def chosen_views(count: int, flags: RenderFlags) -> list[int]:

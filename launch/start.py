@@ -8,6 +8,7 @@ same training.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,6 +41,11 @@ DATA_FLAGS = frozenset(
 )
 """Flags that show in the fingerprints of the data."""
 LARGEST_EXTENT_RATIO = 1.01
+RESULTS = ("point_cloud", "train", "test", "path", "results*.json", "per_view*.json", "report.html")
+"""What a training and the scripts behind it leave in a model folder."""
+
+LITTLE_SPACE = 1 << 30
+"""Bytes free on a disk below which a training says so."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +59,15 @@ class Start:
     checkpoint: Checkpoint | None = None
     is_in_place: bool = False
     notices: tuple[str, ...] = ()
+
+
+def check_folders(config: TrainConfig) -> None:
+    """Raises: InputError when there is no data, or the model would be written into it. Before anything is written."""
+    source, model = config.model.source_path, config.model.model_path
+    if not source.exists():
+        raise InputError(f"The data folder {source} does not exist. Give the folder of a data set with -s.")
+    if source.resolve() == model.expanduser().resolve():
+        raise InputError(f"-m {model} is the data folder, which is never written into; give another folder with -m")
 
 
 def find_start(config: TrainConfig, folder: ModelFolder, communicator: Communicator) -> Start:
@@ -157,6 +172,8 @@ def _named(path: Path, config: TrainConfig, communicator: Communicator) -> tuple
     if path.is_file():
         if path.name == MANIFEST:
             return load(path.parent), []
+        if path.suffix == ".ply":
+            raise InputError(f"--start_checkpoint {path} is a model without history: give it to --start_pointcloud")
         return _adopted(import_file(path), path, config, communicator)
     if not path.is_dir():
         raise InputError(f"--start_checkpoint {path} does not exist; give a checkpoint's folder, or a .pth file")
@@ -211,6 +228,14 @@ def begin(start: Start, folder: ModelFolder, extent: float) -> list[str]:
     """
     past = int(re.sub(r"\D", "", start.checkpoint.path.name)) if start.checkpoint and start.is_in_place else -1
     notices = _set_aside(folder.checkpoints, past)
+    if not start.is_in_place:
+        notices += _set_results_aside(folder)
+    free = shutil.disk_usage(folder.path).free
+    if free < LITTLE_SPACE:
+        notices.append(
+            f"Only {free / 1e6:.0f} MB are free where {folder.path} is: a model of a million Gaussians takes 248 MB, "
+            "a checkpoint three times as much."
+        )
     before = start.checkpoint.state.extent if start.checkpoint is not None else extent
     if max(before, extent) > LARGEST_EXTENT_RATIO * min(before, extent):
         notices.append(
@@ -238,7 +263,31 @@ def _set_aside(place: Path, behind: int) -> list[str]:
             entry.rename(target / entry.name)
     except OSError as error:
         raise InputError(f"{place} holds checkpoints of another training that cannot be moved: {error}") from error
-    return [f"{len(later)} checkpoints in {place} are not of the past of this training; they are in {target} now."]
+    where = "at the beginning" if behind < 0 else f"behind image {behind}"
+    return [
+        f"{place} held checkpoints that are not of the past of this training ({len(later)}), which starts {where}: "
+        f"they are in {target} now. --auto_start_checkpoint goes on from the newest of a model folder."
+    ]
+
+
+def _set_results_aside(folder: ModelFolder) -> list[str]:
+    """Move models, pictures and measures of an earlier training into their own folder; a sentence if there are any.
+
+    Whoever looks for the newest of them finds this training's. Raises: InputError.
+    """
+    found = [path for name in RESULTS for path in folder.path.glob(name)]
+    if not found:
+        return []
+    number = 1
+    while (target := folder.path / f"before-{number}").exists():
+        number += 1
+    try:
+        target.mkdir()
+        for path in found:
+            path.rename(target / path.name)
+    except OSError as error:
+        raise InputError(f"{folder.path} holds results of another training that cannot be moved: {error}") from error
+    return [f"{folder.path} held the model of an earlier training: what it saved is in {target} now."]
 
 
 def check_size(checkpoint: Checkpoint, config: TrainConfig, communicator: Communicator) -> None:

@@ -243,8 +243,8 @@ def _together(ranks: Ranks, action: Callable[[], ShardRecord | None], partial: P
     if failure is not None:
         cause = getattr(failure, "strerror", None) or str(failure)
         raise InputError(
-            f"the checkpoint {partial} cannot be written: {cause}. Older checkpoints are untouched; free some space or "
-            "change the permissions, and resume from the newest with --auto_start_checkpoint."
+            f"the checkpoint {partial} cannot be written: {cause}. Free some space or change the permissions; older "
+            "checkpoints, if there are any, are untouched, and --auto_start_checkpoint goes on from the newest."
         ) from failure
     if int(failed.sum()):
         culprits = ", ".join(str(rank) for rank in range(ranks.size) if int(failed[rank]))

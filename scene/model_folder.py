@@ -243,6 +243,13 @@ class ModelFolder:
             )
         return {}
 
+    def camera_centers(self) -> list[list[float]]:
+        """The positions in cameras.json, (N, 3) world units; none without such a file, or one of another form."""
+        try:
+            return [[float(value) for value in entry["position"]] for entry in json.loads(self.cameras.read_text())]
+        except (OSError, ValueError, TypeError, KeyError):
+            return []
+
     def write_cameras(self, train: Sequence[Camera], test: Sequence[Camera]) -> None:
         """Writes cameras.json as 3DGS does: test cameras first, camera-to-world poses, focal lengths in pixels."""
         entries = [camera_entry(index, camera) for index, camera in enumerate((*test, *train))]

@@ -29,6 +29,8 @@ from scene.gaussians import AttributeSpec, attributes_for
 
 NORMAL_COLUMNS = ("nx", "ny", "nz")
 MAX_HEADER_BYTES = 1 << 16
+DAMAGED = "The file is damaged, or of a training that diverged; use an earlier one."
+DIVERGED = "The training has diverged, and nothing was written: lower the learning rates."
 ROWS_PER_BLOCK = 1 << 16  # bounds the memory that a save needs beside the table
 _SCALAR_TYPES = {
     "char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1",
@@ -68,7 +70,7 @@ def save_ply(
     arrays = {spec.name: params[spec.name].detach().cpu().numpy() for spec in specs if spec.is_in_ply}
     with ranks.all_or_none(InputError):
         for name, values in arrays.items():
-            _require_finite(path, name, values, rows)
+            _require_finite(path, name, values, rows, DIVERGED)
     counts = [row[0] for row in ranks.gather_counts([len(rows)])]  # all ranks
     header = _header([(column, "float") for column in columns], sum(counts))
     blocks = _blocks_of_ranks(ranks, counts, lambda part: _model_block(arrays, specs, columns, rows[part]))
@@ -103,7 +105,7 @@ def load_ply(path: Path) -> dict[str, np.ndarray]:
         )
     arrays = {spec.name: _read_attribute(vertices, spec) for spec in specs if spec.is_in_ply}
     for name, values in arrays.items():
-        _require_finite(path, name, values, np.arange(len(values)))
+        _require_finite(path, name, values, np.arange(len(values)), DAMAGED)
     return arrays
 
 
@@ -293,8 +295,8 @@ def _read_attribute(vertices: np.ndarray, spec: AttributeSpec) -> np.ndarray:
     return values.reshape(len(vertices), *spec.shape)
 
 
-def _require_finite(path: Path, name: str, values: np.ndarray, rows: np.ndarray) -> None:
-    """Raise InputError when a value of the rows is not finite as float32."""
+def _require_finite(path: Path, name: str, values: np.ndarray, rows: np.ndarray, advice: str) -> None:
+    """Raise InputError with this advice when a value of the rows is not finite as float32."""
     for start in range(0, len(rows), ROWS_PER_BLOCK):
         block = rows[start : start + ROWS_PER_BLOCK]
         flat = values[block].reshape(len(block), -1)
@@ -303,8 +305,7 @@ def _require_finite(path: Path, name: str, values: np.ndarray, rows: np.ndarray)
         if is_bad.any():
             raise InputError(
                 f"{path}: attribute {name!r} of Gaussian {block[is_bad][0]} is not a finite float32 number "
-                f"({is_bad.sum()} such rows in its block). The model is damaged or its training diverged; "
-                "use an earlier one."
+                f"({is_bad.sum()} such rows in its block). {advice}"
             )
 
 

@@ -392,3 +392,13 @@ def test_no_flag_is_silently_ignored() -> None:
     flags = (*train_flags(), *render_flags(), *metrics_flags())
     alive = {each.name for each in flags if not each.spec.inert and not (each.spec.refused and not each.spec.allowed)}
     assert alive - read - {"setting"} == set()
+
+
+def test_numbers_out_of_reach_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    command = "-s data --iterations 10 --checkpoint_iterations 5 50 -5 --threads 1000"
+    notices = " ".join(parse_train(shlex.split(command), {}).notices)
+    assert "--checkpoint_iterations 50 never comes: --iterations is 10." in notices
+    assert "--checkpoint_iterations -5 never" in notices and "iterations 5 never" not in notices
+    assert "--threads 1000 is more than the 2 processors" in notices
+    assert not parse_train(shlex.split("-s data --iterations 10 --threads 2 --checkpoint_iterations 10"), {}).notices

@@ -22,7 +22,9 @@ OF_OTHERS = {
     *("--views", "--output", "--architecture"),  # our modules outside the three scripts
     *("--protocol", "--data", "--methods", "--seeds", "--add", "--post_iterations", "--gpus", "--jobs"),  # run_all
 }
-WRITTEN = re.compile(r"(demo-output|output|checkpoints|point_cloud|sparse|images|FOLDER|MODEL|OUT|tests/test_MODULE)\b")
+WRITTEN = re.compile(
+    r"(demo-output|output|checkpoints|before-1|point_cloud|sparse|images|FOLDER|MODEL|OUT|tests/test_MODULE)\b"
+)
 """Beginnings of paths that the program writes or that belong to the user."""
 FILES_OF_MODELS = {"config.json", "manifest.json", "cameras.json", "results.json", "per_view.json", "scales.json"}
 FILES_OF_MODELS |= {"results_train.json", "per_view_train.json", "started.json"}

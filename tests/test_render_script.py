@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from colmap_builder import build_model, write_binary, write_photos
 from gaussian_renderer.rendering import render_view
 from launch.cli import parse_train
 from launch.config import RenderFlags, cfg_args_values, to_plain
@@ -167,6 +169,18 @@ def test_chosen_views() -> None:
 def test_refusals(model: Path, flags: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         main(["-m", str(model), *flags, *REFERENCE])
+
+
+def test_data_of_another_scene_are_refused(model: Path, tmp_path: Path) -> None:
+    """Before a picture of the right data is overwritten. The same data elsewhere are fine."""
+    other = build_model(num_views=16, size=(64, 48), num_points=60)
+    moved = replace(other, images=[replace(image, translation=[0.5, 0.5, 4.0]) for image in other.images])
+    for name, scene in (("same", other), ("other", moved)):
+        write_binary(tmp_path / name / "sparse" / "0", scene)
+        write_photos(tmp_path / name / "images", scene)
+    assert main(["-m", str(model), "-s", str(tmp_path / "same"), "--skip_train", *REFERENCE]) == 0
+    with pytest.raises(InputError, match="was not trained on these data: none of their 16 cameras"):
+        main(["-m", str(model), "-s", str(tmp_path / "other"), "--skip_train", *REFERENCE])
 
 
 def test_a_model_without_test_views_says_how_to_get_some(generated_scene: Path, tmp_path: Path) -> None:
