@@ -106,6 +106,7 @@ class Recorder:
     def num_gaussians(self) -> int:
         """Gaussians of all ranks. All ranks."""
         return int(self.training.total(len(self.training.table))[0])
+
     def is_due(self, window: Window) -> bool:
         """Whether `after_update` or `after_edits` will look at the table of this very step."""
         config = self.training.config
