@@ -138,6 +138,11 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def leave_cores_to(backend: str, threads: int) -> None:
+    """Give torch one thread beside a body that brings its own, and `threads` with the reference, which is all torch."""
+    torch.set_num_threads(threads if backend == "reference" else 1)
+
+
 def threads_per_rank(threads: int, communicator: Communicator) -> int:
     """CPU threads of this process: what --threads says, or its share of the machine's cores."""
     return threads or max(1, available_cores() // communicator.local_size)
