@@ -123,6 +123,25 @@ def test_radius_clip_looks_at_each_view(backend):
     assert meta["camera_ids"].tolist() == [1] and alphas[0].max() == 0 and alphas[1].max() > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [True, False])
+def test_radius_clip_on_a_gpu(packed):
+    """The same splats as on the CPU, in value and gradient."""
+    arguments, masks = api_scene(40, dtype=torch.float32)
+    found = {}
+    for device in ("cpu", "cuda"):
+        leaves = {name: each.to(device) for name, each in arguments.items() if isinstance(each, torch.Tensor)}
+        leaves["means"].requires_grad_()
+        options = {"masks": masks.to(device), "packed": packed, "radius_clip": 5.5, "absgrad": True}
+        image, _, meta = rasterization(**(arguments | leaves | options))
+        image.square().sum().backward()
+        found[device] = (image, leaves["means"].grad, meta["means2d"].absgrad, meta["radii"])
+    everything = rasterization(**arguments, masks=masks)[2]["radii"]
+    assert 0 < int((found["cuda"][3] > 5.5).any(dim=-1).sum()) < len(everything)
+    for there, here in zip(found["cuda"], found["cpu"], strict=True):
+        torch.testing.assert_close(there.cpu(), here, atol=2e-4, rtol=2e-3)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
