@@ -14,6 +14,7 @@ one, and then by an unpickler that knows three NumPy names and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import io
@@ -117,8 +118,7 @@ class Lpips:
                 f"LPIPS needs two images of one shape (H, w, 3) of at least 32 pixels a side, not {tuple(image.shape)} "
                 f"and {tuple(reference.shape)}"
             )
-        # TF32 has 10 bits of mantissa, which would show in the third digit.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with _exact_convolutions(self.kernels[0].device):
             taps = zip(self._features(image), self._features(reference), self.heads, strict=True)
         return sum(float(((first - second).square() * head).sum(dim=0).mean()) for first, second, head in taps)
 
@@ -139,6 +139,15 @@ class Lpips:
                 length = activation[0].square().sum(dim=0, keepdim=True).sqrt()
                 taps.append(activation[0] / (length + _NORM_EPSILON))
         return taps
+
+
+def _exact_convolutions(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Without TF32, whose 10 bits of mantissa would show in the third digit.
+
+    On a GPU only: it is a setting of the whole process, and on a CPU several threads may measure at once.
+    """
+    on_gpu = device.type == "cuda"
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if on_gpu else contextlib.nullcontext()
 
 
 def load_lpips(net: str = "vgg", *, folder: Path | None = None, device: torch.device | str = "cpu") -> Lpips:

@@ -22,7 +22,7 @@ from launch.config import pick
 from launch.drawing import Drawer, load_drawer
 from launch.machine import available_cores
 from launch.run import run_main
-from launch.world import device_type_of
+from launch.world import device_type_of, leave_cores_to
 from scene.cameras import Camera
 from scene.dataset import SceneOptions, load_scene
 from scene.model_folder import ModelFolder, write_json_atomically
@@ -53,7 +53,7 @@ def measure_frame_rate(model: Path, flags: Sequence[str] = ()) -> FrameRate:
     iteration = folder.find_iteration(config.render.iteration)
     device = torch.device(device_type_of(config.pipeline.backend))
     threads = config.pipeline.threads or available_cores()
-    torch.set_num_threads(threads)
+    leave_cores_to(config.pipeline.backend, threads)
     drawer = load_drawer(config, folder.point_cloud(iteration), threads, device)
     scene = load_scene(config.model.source_path, pick(SceneOptions, config.model), progress=False)
     views = scene.test or scene.train

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,16 @@ from gaussian_renderer.image_quality import psnr, ssim
 from gaussian_renderer.lpips import Lpips, WeightsMissingError, load_lpips
 from launch.cli import parse_metrics
 from launch.config import MetricsFlags
-from launch.world import joined_world, parse_once, threads_per_rank
+from launch.machine import available_memory
+from launch.world import joined_world, parse_once, threads_per_rank, torch_threads
 from scene.errors import InputError
 from scene.model_folder import SPLITS, ModelFolder, write_json_atomically
 
 PROTOCOL = "3dgs"
 LPIPS_KEYS = {"vgg": "LPIPS", "alex": "LPIPS_alex"}
+
+BYTES_PER_PIXEL = 2_000
+"""Memory that measuring one view takes, generously: the activations of VGG for both images (75 MB for 151 x 270)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +85,7 @@ def measure_model(
     mode: str = "test",
     *,
     measures: Measures | None = None,
+    threads: int = 1,
     progress: bool = True,
     ranks: Communicator | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -91,6 +97,7 @@ def measure_model(
         model_path: folder of the model.
         mode: "test" or "train", the set whose renders are measured.
         measures: what to measure; None: SSIM and PSNR.
+        threads: that measure on this rank.
         progress: show a bar on stderr.
         ranks: the processes that share the work; None: this one alone.
 
@@ -104,7 +111,8 @@ def measure_model(
     results: dict[str, dict[str, Any]] = {}
     per_view: dict[str, dict[str, dict[str, float]]] = {}
     for method in methods:
-        views = measure_views(folder.path / mode / method, measures or Measures(), progress=progress, ranks=ranks)
+        place, chosen = folder.path / mode / method, measures or Measures()
+        views = measure_views(place, chosen, threads=threads, progress=progress, ranks=ranks)
         keys = next(iter(views.values())).keys()
         per_view[method] = {key: {name: values[key] for name, values in views.items()} for key in keys}
         means = {key: float(np.mean(list(column.values()))) for key, column in per_view[method].items()}
@@ -117,27 +125,40 @@ def measure_model(
 
 
 def measure_views(
-    folder: Path, measures: Measures, *, progress: bool = True, ranks: Communicator | None = None
+    folder: Path, measures: Measures, *, threads: int = 1, progress: bool = True, ranks: Communicator | None = None
 ) -> dict[str, dict[str, float]]:
     """Return the measures of each pair of `folder`/renders and `folder`/gt by file name, in the order of names.
 
-    All ranks call it and get all of them. Raises:
+    All ranks call it and get all of them. On a CPU each of `threads` measures a view of its own: threads that share the
+    operations of one view wait for each other hundreds of times in it. Raises:
         InputError: a folder is missing or empty, the names differ, an image is damaged, or a pair differs in size;
             PeerError on the ranks that had no error of their own.
     """
     ranks = ranks if ranks is not None else Communicator()
-    values: dict[int, dict[str, float]] = {}
     with ranks.all_or_none(InputError):
         names = paired_names(folder)
-        mine = range(ranks.rank, len(names), ranks.size)
-        label = f"measuring {folder.name}"
-        for index in tqdm(mine, desc=label, unit="view", disable=not progress, dynamic_ncols=True):
-            values[index] = measures.of(*_read_pair(folder, names[index]))
-    numbers = torch.zeros(len(names), len(measures.keys), dtype=torch.float64)
-    for index, measured in values.items():
-        numbers[index] = torch.tensor([measured[key] for key in measures.keys], dtype=torch.float64)
+        mine = names[ranks.rank :: ranks.size]
+        numbers = torch.zeros(len(names), len(measures.keys), dtype=torch.float64)
+        at_once = 1
+        if torch.device(measures.device).type == "cpu":
+            num_pixels = read_image(folder / "gt" / names[0]).shape[:2].numel()
+            at_once = views_at_once(threads, len(mine), num_pixels, available_memory() // ranks.local_size)
+        with torch_threads(max(1, threads // at_once)), ThreadPoolExecutor(at_once, "measures") as pool:
+            measured = pool.map(lambda name: measures.of(*_read_pair(folder, name)), mine)
+            label, shown = f"measuring {folder.name}", {"disable": not progress, "dynamic_ncols": True}
+            bar = tqdm(measured, desc=label, unit="view", total=len(mine), **shown)
+            for row, values in zip(numbers[ranks.rank :: ranks.size], bar, strict=True):
+                row.copy_(torch.tensor([values[key] for key in measures.keys], dtype=torch.float64))
     rows = ranks.sum(numbers).tolist()  # all ranks
     return {name: dict(zip(measures.keys, row, strict=True)) for name, row in zip(names, rows, strict=True)}
+
+
+def views_at_once(threads: int, num_views: int, num_pixels: int, memory: int) -> int:
+    """How many views are measured at the same time: one a thread, as far as half of `memory` (bytes) has room.
+
+    Args: num_pixels: of one view. Threads that are left over share the operations of the views.
+    """
+    return max(1, min(threads, num_views, memory // (2 * BYTES_PER_PIXEL * num_pixels)))
 
 
 def paired_names(folder: Path) -> list[str]:
@@ -201,9 +222,11 @@ def _image_names(folder: Path) -> set[str]:
     return names
 
 
-def print_results(model_path: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Print the means of every method of a model as 3DGS's metrics.py does."""
+def print_results(model_path: Path, results: dict[str, dict[str, Any]], mode: str) -> None:
+    """Print the means of every method of a model as 3DGS's metrics.py does; of the training views, it says so."""
     print(f"\nScene: {model_path}")
+    if mode == "train":
+        print("Training views, seen in training: no measure of views that it has not seen (train.py --eval).")
     for method, means in results.items():
         print(f"Method: {method}")
         for key, value in means.items():
@@ -237,18 +260,20 @@ def _gpu_of(ranks: Communicator) -> torch.device:
 
 def _measure_models(flags: MetricsFlags, ranks: Communicator) -> int:
     """Measure one model after the other; return how many could not be measured. All ranks."""
-    torch.set_num_threads(threads_per_rank(flags.threads, ranks))
+    threads = threads_per_rank(flags.threads, ranks)
     is_shown = ranks.is_main and not flags.quiet
     measures = choose_measures(flags.lpips, device=_gpu_of(ranks), notify=print if is_shown else _ignore)
     failures = 0
     for model_path in flags.model_paths:
         try:
-            results = measure_model(model_path, flags.mode, measures=measures, progress=is_shown, ranks=ranks)
+            results = measure_model(
+                model_path, flags.mode, measures=measures, threads=threads, progress=is_shown, ranks=ranks
+            )
         except (InputError, PeerError) as error:
             if ranks.is_main:
                 print(f"error: {error}", file=sys.stderr)
             failures += 1
             continue
         if is_shown:
-            print_results(model_path, results)
+            print_results(model_path, results, flags.mode)
     return failures

@@ -14,13 +14,11 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from distributed.communicator import Communicator
 from launch.config import RenderConfig, pick
 from launch.drawing import Pictures, draw_pictures, load_drawer, picture_name, remove_stale
 from launch.video import can_write_video, write_video
-from launch.world import threads_per_rank
+from launch.world import leave_cores_to, threads_per_rank
 from scene.camera_paths import cameras_at, ellipse, poses_of, resized, spiral
 from scene.camera_splines import through, through_all
 from scene.cameras import Camera
@@ -47,7 +45,7 @@ def render_path(config: RenderConfig, ranks: Communicator | None = None) -> int:
         folder = ModelFolder.open(config.model.model_path)
         iteration = folder.find_iteration(config.render.iteration)
         threads = threads_per_rank(config.pipeline.threads, ranks)
-        torch.set_num_threads(threads)
+        leave_cores_to(config.pipeline.backend, threads)
         path = find_path(config, folder, print if is_shown else (lambda line: None))
         drawer = load_drawer(config, folder.point_cloud(iteration), threads, ranks.device)
     frames, place = path.cameras, folder.split_folder("path", iteration)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from scipy.spatial import cKDTree
 
 from distributed.communicator import Communicator
@@ -18,7 +17,7 @@ from launch.cli import parse_render
 from launch.config import RenderConfig, RenderFlags, pick
 from launch.drawing import Drawer, Pictures, draw_pictures, load_drawer, remove_stale
 from launch.render_path import render_path
-from launch.world import device_type_of, joined_world, parse_once, threads_per_rank
+from launch.world import device_type_of, joined_world, leave_cores_to, parse_once, threads_per_rank
 from scene.cameras import Camera
 from scene.dataset import Scene, SceneOptions, load_scene
 from scene.errors import InputError
@@ -44,7 +43,7 @@ def render_model(config: RenderConfig, ranks: Communicator | None = None) -> int
         folder = ModelFolder.open(config.model.model_path)
         iteration = folder.find_iteration(config.render.iteration)
         threads = threads_per_rank(config.pipeline.threads, ranks)
-        torch.set_num_threads(threads)
+        leave_cores_to(config.pipeline.backend, threads)
         drawer = load_drawer(config, folder.point_cloud(iteration), threads, ranks.device)
         notify = print if is_shown else _say_nothing
         options = pick(SceneOptions, config.model)

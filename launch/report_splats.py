@@ -15,10 +15,9 @@ The pane has no spherical harmonics: a splat's colour is its mean colour as seen
 from __future__ import annotations
 
 import base64
-import contextlib
 import gzip
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from launch.world import torch_threads
 from masksplat.reference.harmonics import sh_colors
 from scene.errors import InputError
 
@@ -150,23 +150,12 @@ def mean_colors(params: Mapping[str, np.ndarray], cameras: Sequence[ViewerCamera
     """Return (N, 3) colours in [0, 1]: means over the cameras that see a splat, the base colour if none does."""
     chosen = [cameras[index] for index in _spread(len(cameras), COLOR_CAMERAS)]
     means, sh0, higher = (torch.from_numpy(np.ascontiguousarray(params[name])) for name in ("means", "sh0", "shN"))
-    with _one_thread():
+    with torch_threads(1):  # many short operations
         blocks = [
             _block_colors(means[rows], sh0[rows], higher[rows], chosen)
             for rows in torch.arange(len(means)).split(ROWS_PER_BLOCK)
         ]
     return torch.cat(blocks).clamp(0, 1).numpy()
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let torch compute with one thread: for many short operations its threads cost more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _block_colors(means: Tensor, sh0: Tensor, higher: Tensor, cameras: Sequence[ViewerCamera]) -> Tensor:

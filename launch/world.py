@@ -124,6 +124,25 @@ def require_same(communicator: Communicator, what: str, *parts: bytes) -> None:
         ) from error
 
 
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch compute with `count` threads an operation, in this thread and in those that start meanwhile.
+
+    Its threads wait for each other by spinning: beside other threads that want the cores, one is faster than many.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def leave_cores_to(backend: str, threads: int) -> None:
+    """Give torch one thread beside a body that brings its own, and `threads` with the reference, which is all torch."""
+    torch.set_num_threads(threads if backend == "reference" else 1)
+
+
 def threads_per_rank(threads: int, communicator: Communicator) -> int:
     """CPU threads of this process: what --threads says, or its share of the machine's cores."""
     return threads or max(1, available_cores() // communicator.local_size)

@@ -11,6 +11,7 @@ from launch.measure import choose_measures, measure_model, print_results
 from launch.render_views import render_model
 from launch.report import write_report
 from launch.size_price import tell_price
+from launch.world import threads_per_rank
 
 MOST_TRAIN_VIEWS = 12  # rendered for the report of a run without test views
 
@@ -33,9 +34,10 @@ def wrap_up(config: TrainConfig, ranks: Communicator, *, num_train: int, num_tes
         render_model(RenderConfig(config.model, config.pipeline, flags), ranks)
         measures = choose_measures("auto" if is_full and num_test else "none", device=ranks.device)
         mode, is_shown = "test" if num_test else "train", ranks.is_main and not quiet
-        results = measure_model(model_path, mode, measures=measures, progress=is_shown, ranks=ranks)
+        threads = threads_per_rank(config.pipeline.threads, ranks)
+        results = measure_model(model_path, mode, measures=measures, threads=threads, progress=is_shown, ranks=ranks)
         if is_shown:
-            print_results(model_path, results)
+            print_results(model_path, results, mode)
     if ranks.is_main and (price := tell_price(config)):
         print(price)
     if not config.logging.report or not ranks.is_main:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import metrics_flags, parse_metrics, parse_train, render_flags, train_flags
+from scene.model_folder import SPLITS, ModelFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").glob("**/*.md"))))
@@ -164,3 +165,11 @@ def test_flags_of_our_own_are_listed_in_parity() -> None:
     assert line is not None
     listed = {word.lstrip("-") for word in code_words(line[1])}
     assert listed == {flag.name for flag in train_flags() if flag.spec.source == "ours"}
+
+
+def test_the_readme_lists_every_file_of_measures() -> None:
+    """What metrics.py writes for either set."""
+    table = text_of("README.md").partition("## What is written")[2].partition("```")[0]
+    folder = ModelFolder(Path("model"))
+    files = {path.name for split in SPLITS for path in (folder.results(split), folder.per_view(split))}
+    assert {name for name in files if f"`{name}`" not in table} == set()

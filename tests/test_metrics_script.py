@@ -6,17 +6,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from gaussian_renderer import lpips
-from launch.measure import choose_measures, main, measure_model
+from launch import measure
+from launch.measure import Measures, choose_measures, main, measure_model, measure_views
 from scene.errors import InputError
 
 REPO = Path(__file__).parent.parent
+needs_weights = pytest.mark.skipif(lpips.find_weights() is None, reason="LPIPS weights absent: run `make lpips`")
 
 
 def write_views(model: Path, split: str, method: str, count: int = 3, first: int = 0) -> list[float]:
@@ -61,7 +65,7 @@ def test_train_mode_has_files_of_its_own(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.skipif(lpips.find_weights() is None, reason="LPIPS weights absent: run `make lpips`")
+@needs_weights
 def test_lpips_of_the_two_networks_never_share_a_name(tmp_path: Path) -> None:
     write_views(tmp_path, "test", "ours_1", count=1)
     by_alex = measure_model(tmp_path, measures=choose_measures("alex"), progress=False)["ours_1"]
@@ -147,3 +151,57 @@ def test_the_script_itself_fails_without_a_traceback(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "nothing does not exist" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("network", ["none", pytest.param("auto", marks=needs_weights)])
+def test_any_number_of_threads_measures_the_same(tmp_path: Path, network: str) -> None:
+    write_views(tmp_path, "test", "ours_1", count=5)
+    measures, threads_before = choose_measures(network), torch.get_num_threads()
+    alone = measure_views(tmp_path / "test/ours_1", measures, threads=1, progress=False)
+    together = measure_views(tmp_path / "test/ours_1", measures, threads=3, progress=False)
+    assert list(together) == [f"{index:05d}.png" for index in range(5)] and together == alone
+    assert torch.get_num_threads() == threads_before
+
+
+class _Recorder(Measures):
+    """Notes which threads measure, and how many torch would use there; waits for the others, so that all are seen."""
+
+    def __init__(self, parties: int) -> None:
+        super().__init__()
+        object.__setattr__(self, "seen", {})
+        object.__setattr__(self, "barrier", threading.Barrier(parties, timeout=60))
+
+    def of(self, render: torch.Tensor, photo: torch.Tensor) -> dict[str, float]:
+        self.seen[threading.get_ident()] = torch.get_num_threads()
+        self.barrier.wait()
+        return super().of(render, photo)
+
+
+@pytest.mark.parametrize(
+    ("threads", "count", "memory", "expected"), [(2, 4, 2**40, [1, 1]), (6, 2, 2**40, [3, 3]), (4, 2, 1, [4])]
+)
+def test_threads_measure_views_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, count: int, memory: int, expected: list[int]
+) -> None:
+    """Sharing the operations of one view is for threads that have no view: torch's threads spin, also on busy cores."""
+    monkeypatch.setattr(measure, "available_memory", lambda: memory)
+    write_views(tmp_path, "test", "ours_1", count=count)
+    recorder = _Recorder(len(expected))
+    measure_views(tmp_path / "test/ours_1", recorder, threads=threads, progress=False)
+    assert list(recorder.seen.values()) == expected
+
+
+def test_as_many_views_at_once_as_half_the_memory_holds() -> None:
+    a_view = measure.BYTES_PER_PIXEL * 1000
+    assert measure.views_at_once(8, 100, 1000, 16 * a_view) == 8
+    assert measure.views_at_once(8, 100, 1000, 16 * a_view - 1) == 7
+    assert measure.views_at_once(8, 3, 1000, 100 * a_view) == 3
+    assert measure.views_at_once(8, 0, 1000, 0) == 1
+
+
+def test_training_views_are_called_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "test"):
+        write_views(tmp_path, split, "ours_10", count=1)
+        assert main(["-m", str(tmp_path), "--mode", split, "--lpips", "none"]) == 0
+        shown = capsys.readouterr().out
+        assert ("Training views" in shown) == (split == "train") and "PSNR" in shown

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from kernel_scenes import make_views, random_scene
-from masksplat.rasterization import RENDER_MODES, rasterization
+from masksplat.gsplat_arguments import RENDER_MODES
+from masksplat.rasterization import rasterization
 from masksplat.reference.harmonics import sh_bases
+from masksplat.types import ProjectionSettings
 
 SIZE = (26, 19)
 BODIES = pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -256,7 +258,8 @@ def test_spherical_harmonics_equal_scipy():
 @pytest.mark.parametrize("antialiased", [False, True])
 def test_projection_equals_an_independent_derivation(backend, antialiased):
     arguments, _ = api_scene(50, seed=6)
-    _, _, meta = rasterization(**arguments, backend=backend, antialiased=antialiased)
+    mode = "antialiased" if antialiased else "classic"
+    _, _, meta = rasterization(**arguments, backend=backend, rasterize_mode=mode)
     arrays = {name: value.numpy() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     checked = 0
     for row in range(len(meta["gaussian_ids"])):
@@ -366,11 +369,12 @@ def test_low_pass_is_three_tenths_of_a_pixel_squared(backend):
 
 
 @BODIES
-def test_near_plane_is_two_tenths(backend):
-    for z, shown in ((0.199, False), (0.201, True)):
-        assert (len(rasterization(**one_gaussian((0.0, 0.0, z)), backend=backend)[2]["gaussian_ids"]) == 1) == shown
-    closer = rasterization(**one_gaussian((0.0, 0.0, 0.1)), near_plane=0.01, backend=backend)
-    assert len(closer[2]["gaussian_ids"]) == 1
+def test_near_planes(backend):
+    """Gsplat's 0.01 here, the predecessors' 0.2 in training."""
+    for z, near_plane, shown in ((0.009, {}, False), (0.011, {}, True), (0.199, {"near_plane": 0.2}, False)):
+        arguments = one_gaussian((0.0, 0.0, z), scale=1e-4, **near_plane)
+        assert (len(rasterization(**arguments, backend=backend)[2]["gaussian_ids"]) == 1) == shown
+    assert ProjectionSettings().near_plane == 0.2
     beyond = rasterization(**one_gaussian((0.0, 0.0, 5.0)), far_plane=4.0, backend=backend)
     assert len(beyond[2]["gaussian_ids"]) == 0 and beyond[1].max() == 0
 

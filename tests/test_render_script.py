@@ -23,6 +23,7 @@ from launch.cli import parse_train
 from launch.config import RenderFlags, cfg_args_values, to_plain
 from launch.drawing import Drawer, PictureWriter
 from launch.render_views import chosen_views, main
+from launch.world import torch_threads
 from masksplat.ops import get_body
 from scene.cameras import Camera
 from scene.dataset import SceneOptions, load_scene
@@ -208,3 +209,11 @@ def test_the_script_itself_fails_without_a_traceback(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "nothing does not exist" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("backend", "expected"), [("reference", 2), ("cpu", 1)])
+def test_torch_has_one_thread_beside_a_body_that_brings_its_own(model: Path, backend: str, expected: int) -> None:
+    """Torch's threads spin while the kernels' compute: a quarter of the time of render.py."""
+    with torch_threads(3):
+        assert main(["-m", str(model), "--skip_train", "--quiet", "--threads", "2", "--backend", backend]) == 0
+        assert torch.get_num_threads() == expected

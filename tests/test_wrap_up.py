@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+
+import pytest
 
 from distributed.communicator import Communicator
 from launch.cli import parse_train
@@ -49,3 +52,18 @@ def test_render_and_evaluate_renders_both_sets(generated_scene: Path, tmp_path: 
 def test_nothing_asked_for_nothing_done(generated_scene: Path, tmp_path: Path) -> None:
     assert _wrap_up(generated_scene, tmp_path / "m", 14, 2, "--eval", "--no_report") is None
     assert not (tmp_path / "m" / "test").exists()
+
+
+def test_the_closing_table_says_which_views_it_is_about(
+    generated_scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for num_test, flags in ((0, ()), (2, ("--eval",))):
+        write_model(generated_scene, tmp_path / f"m{num_test}", *flags)
+        loud = [flag for flag in REFERENCE if flag != "--quiet"]
+        config = parse_train(["-s", str(generated_scene), "-m", str(tmp_path / f"m{num_test}"), *flags, *loud])
+        config = dataclasses.replace(
+            config, logging=dataclasses.replace(config.logging, report=False, render_and_evaluate=True)
+        )
+        wrap_up(config, Communicator(), num_train=16 - num_test, num_test=num_test)
+        shown = capsys.readouterr().out
+        assert ("Training views" in shown) == (num_test == 0) and "PSNR" in shown

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`rasterization`: gsplat's call with differentiable per-Gaussian `masks`, on any body of `masksplat.ops`.
 
-Names, shapes, layouts and quaternion order are gsplat's. What differs is said by name: the near plane is 0.2 by
-default (the predecessors' value; gsplat's is 0.01), alpha is capped at 0.99, `antialiased` stands for gsplat's
-rasterize_mode, only pinhole cameras exist, and cameras get no gradient.
+Names, order, defaults, shapes, layouts and quaternion order are those of gsplat 1.5.3. What masksplat has in one form
+only is refused by name (`masksplat.gsplat_arguments`). What differs in the images: alpha is capped at 0.99.
 
 Legend: N Gaussians, C cameras, M packed splats (visible (camera, Gaussian) pairs), D colour channels, K SH bases.
 """
@@ -18,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from masksplat.gsplat_arguments import check_gsplat_arguments
 from masksplat.ops import Body, get_body
 from masksplat.types import (
     ALPHA_MIN,
+    SLOT_NO_PIXEL,
     TILE,
     Frame,
     Gaussians,
@@ -30,8 +31,6 @@ from masksplat.types import (
     Views,
     compact,
 )
-
-RENDER_MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
 
 SMALLEST_ALPHA = 1e-10
 """Expected depth divides by at least this (gsplat)."""
@@ -128,55 +127,62 @@ class _NoteAbsoluteGradients(torch.autograd.Function):
 
 
 def rasterization(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    colors: Tensor,
-    viewmats: Tensor,
-    Ks: Tensor,
-    width: int,
-    height: int,
-    *,
-    masks: Tensor | None = None,
-    sh_degree: int | None = None,
-    backgrounds: Tensor | None = None,
-    near_plane: float = 0.2,
-    far_plane: float = 1e10,
-    eps2d: float = 0.3,
-    antialiased: bool = False,
-    absgrad: bool = False,
-    render_mode: str = "RGB",
-    packed: bool = True,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor, viewmats: Tensor, Ks: Tensor,
+    width: int, height: int,
+    near_plane: float = 0.01, far_plane: float = 1e10, radius_clip: float = 0.0, eps2d: float = 0.3,
+    sh_degree: int | None = None, packed: bool = True, tile_size: int = TILE, backgrounds: Tensor | None = None,
+    render_mode: str = "RGB", sparse_grad: bool = False, absgrad: bool = False, rasterize_mode: str = "classic",
+    channel_chunk: int = 32, distributed: bool = False, camera_model: str = "pinhole", segmented: bool = False,
+    covars: None = None, with_ut: bool = False, with_eval3d: bool = False,
+    radial_coeffs: None = None, tangential_coeffs: None = None, thin_prism_coeffs: None = None,
+    ftheta_coeffs: None = None, rolling_shutter: Any = "GLOBAL", viewmats_rs: None = None,
+    *, masks: Tensor | None = None, backend: str = "auto",
+) -> tuple[Tensor, Tensor, dict[str, Any]]:  # fmt: skip
     """Images, alphas and meta of N masked Gaussians seen by C pinhole cameras; differentiable by autograd.
 
     Args:
         means, quats, scales, opacities: (N, 3) world; (N, 4) w, x, y, z; (N, 3) world, not log; (N,) in [0, 1].
-        colors: (N, D) or (C, N, D); with `sh_degree` the coefficients (N, K, 3), K >= (sh_degree + 1)^2.
+        colors: (N, D) or (C, N, D); with `sh_degree`, 0 to 3, the coefficients (N, K, 3), K >= (sh_degree + 1)^2.
         viewmats, Ks: (C, 4, 4) world to camera (x right, y down, z forward); (C, 3, 3) in pixels. No gradient.
-        masks: (N,) in [0, 1], default 1; a masked Gaussian composites with alpha m alpha.
+        width, height: pixels.
+        near_plane, far_plane: world units; a Gaussian is drawn when the camera z of its mean is between them.
+        radius_clip: pixels; a splat whose radii, as meta has them, are both at most this is not drawn. 0: off.
+        eps2d: pixels^2, added to both variances of a splat.
+        packed: whether meta holds (M, ...) rows with camera_ids and gaussian_ids, or (C, N, ...) with zeros.
         backgrounds: (C, D), default black.
+        render_mode: "RGB", accumulated depth "D", expected depth "ED", or "RGB+D", "RGB+ED" (depth comes last).
         absgrad: whether a backward leaves meta["means2d"].absgrad (AbsGS): in the layout of its gradient, the sums over
             pixels of each pixel's |dL/d mean2d|, of the last backward.
-        render_mode: "RGB", accumulated depth "D", expected depth "ED", or "RGB+D", "RGB+ED" (depth comes last).
-        packed: whether meta holds (M, ...) rows with camera_ids and gaussian_ids, or (C, N, ...) with zeros.
+        rasterize_mode: "classic", or "antialiased": opacities times sqrt(det cov2d / det(cov2d + eps2d I)).
+        channel_chunk, segmented: without effect: how gsplat chunks and sorts, which changes no image.
+        masks: (N,) in [0, 1], default 1; a masked Gaussian composites with alpha m alpha. Not gsplat's.
+        backend: "auto" (by the device of `means`), "cuda", "cpu" or "reference". Not gsplat's.
+        The others, tile_size to viewmats_rs: gsplat's default only; rolling_shutter also gsplat's own GLOBAL.
 
     Returns:
         images (C, height, width, channels), alphas (C, height, width, 1) = 1 - transmittance, and meta as gsplat's:
         means2d (pixels; call retain_grad on it), radii, depths, conics, opacities, width, height, n_cameras, ...
 
     Raises:
-        ValueError: what was given and what was expected.
+        ValueError: the argument, what was given, what is supported, and what to do for what is not.
     """
+    check_gsplat_arguments(locals())
     tensors = {"means": means, "quats": quats, "scales": scales, "opacities": opacities, "colors": colors}
-    tensors |= {"viewmats": viewmats, "Ks": Ks}
-    tensors |= {name: tensor for name, tensor in (("masks", masks), ("backgrounds", backgrounds)) if tensor is not None}
+    optional = {"masks": masks, "backgrounds": backgrounds}
+    tensors |= {"viewmats": viewmats, "Ks": Ks, **{name: each for name, each in optional.items() if each is not None}}
     inputs = _check_inputs(tensors, int(width), int(height), sh_degree, render_mode)
-    settings = ProjectionSettings(sh_degree, near_plane, far_plane, eps2d, antialiased, activated=True)
-    body = _body(backend, means.device)
+    is_antialiased = rasterize_mode == "antialiased"
+    settings = ProjectionSettings(sh_degree, near_plane, far_plane, eps2d, is_antialiased, activated=True)
+    return _draw(_body(backend, means.device), inputs, settings, radius_clip, packed=packed, absgrad=absgrad)
+
+
+def _draw(
+    body: Body, inputs: _Inputs, settings: ProjectionSettings, radius_clip: float, *, packed: bool, absgrad: bool
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """What `rasterization` returns, of checked inputs."""
     rows, splats = _project(body, inputs, settings)
+    if radius_clip > 0.0:
+        rows, splats = _larger_than(radius_clip, rows, splats)
     meta, rows = _describe(rows, splats, inputs, packed)
     channels = _splat_channels(rows, splats, inputs)
     images, alphas, frames = _render(body, splats, rows, channels, inputs)
@@ -228,8 +234,6 @@ def _check_inputs(
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor.")
-    if render_mode not in RENDER_MODES:
-        raise ValueError(f"render_mode is {render_mode!r}; expected one of {', '.join(RENDER_MODES)}.")
     if width < 1 or height < 1:
         raise ValueError(f"the image is {width} x {height} pixels; expected at least 1 x 1.")
     _expect("means", tensors["means"], ("N", 3))
@@ -291,6 +295,25 @@ def _radii(rows: Tensor) -> Tensor:
     t = 2.0 * torch.log(opacity / ALPHA_MIN).clamp(min=0.0)
     variances = torch.stack((c, a), dim=-1) / (a * c - b * b)[:, None]
     return torch.ceil(torch.sqrt(t[:, None] * variances)).to(torch.int32)
+
+
+def _larger_than(radius: float, rows: Tensor, splats: Splats) -> tuple[Tensor, Splats]:
+    """The rows and splats that reach further than `radius` pixels along x or y; the others get zero gradients."""
+    keep = (_radii(rows) > radius).any(dim=-1)
+    places = torch.cat((keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)))  # (M + 1,) how many before each are kept
+    used = splats.slots.long().clamp(min=0)
+    is_drawn = (splats.slots >= 0) & keep[used] if len(keep) else torch.zeros_like(splats.slots, dtype=torch.bool)
+    dropped = torch.where(splats.slots >= 0, SLOT_NO_PIXEL, splats.slots)
+    kept = Splats(
+        rows=splats.rows[keep],
+        depths=splats.depths[keep],
+        ids=splats.ids[keep],
+        gaussians=splats.gaussians[keep],
+        boxes=splats.boxes[keep],
+        view_offsets=places.cpu()[splats.view_offsets],  # host sync: counts
+        slots=torch.where(is_drawn, places[used].to(splats.slots.dtype), dropped),
+    )
+    return rows[keep], kept
 
 
 def _describe(rows: Tensor, splats: Splats, inputs: _Inputs, packed: bool) -> tuple[dict[str, Any], Tensor]:
