@@ -65,7 +65,7 @@ def check_folders(config: TrainConfig) -> None:
     """Raises: InputError when there is no data, or the model would be written into it. Before anything is written."""
     source, model = config.model.source_path, config.model.model_path
     if not source.exists():
-        raise InputError(f"The scene folder {source} does not exist. Set --source_path (-s) to the folder of a data set.")
+        raise InputError(f"The scene folder {source} does not exist. Set --source_path (-s) to a data set.")
     if source.resolve() == model.expanduser().resolve():
         raise InputError(f"-m {model} is the data folder, which is never written into; give another folder with -m")
 
