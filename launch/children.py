@@ -12,7 +12,8 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
-EXIT_TERMINATED = 143
+from launch.run import EXIT_TERMINATED
+
 POLL_SECONDS = 0.2
 
 

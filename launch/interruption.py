@@ -16,9 +16,9 @@ from types import FrameType
 from distributed.communicator import Communicator
 from launch.late_steps import LateSteps
 from launch.recorder import Recorder
+from launch.run import EXIT_TERMINATED
 from launch.training import Training
 
-EXIT_TERMINATED = 143
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -81,13 +81,11 @@ def adopt_masks(table: GaussianTable, before: str, now: str, communicator: Commu
     if before == now or before not in LEARNED:
         return []
     logits = table.params["mask_logits"]
+    if not int(communicator.sum((logits != INITIAL_MASK_LOGIT).sum())):  # all ranks
+        return []
     is_dropped = logits < 0 if before == "mask" else straight_through(mask_parameter(logits)).value == 0
     is_dropped = spare_best(is_dropped, logits, table.ids, communicator)
-    num_touched, num_dropped = (
-        int(communicator.sum(rows.sum())) for rows in (logits != INITIAL_MASK_LOGIT, is_dropped)
-    )
-    if not num_touched:
-        return []
+    num_dropped = int(communicator.sum(is_dropped.sum()))  # all ranks
     table.apply(RowEdit.identity(table.ids).keep(~is_dropped))
     table.apply(untouched_masks(table))
     return [

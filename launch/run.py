@@ -20,6 +20,7 @@ from scene.errors import InputError
 EXIT_INPUT_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_PIPE_CLOSED = 141
+EXIT_TERMINATED = 143
 PEER_SECONDS = 1.0
 """The rank that failed prints its paragraph; a launcher stops all ranks as soon as the first one ends."""
 USER_ERRNOS = frozenset({errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT, errno.ENAMETOOLONG})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -254,15 +254,7 @@ def _set_aside(place: Path, behind: int) -> list[str]:
     later = [entry for entry in entries if int(entry.name) > behind]
     if not later:
         return []
-    number = 1
-    while (target := place.with_name(f"{place.name}-before-{number}")).exists():
-        number += 1
-    try:
-        target.mkdir()
-        for entry in later:
-            entry.rename(target / entry.name)
-    except OSError as error:
-        raise InputError(f"{place} holds checkpoints of another training that cannot be moved: {error}") from error
+    target = _moved_aside(later, place.with_name(f"{place.name}-before"))
     where = "at the beginning" if behind < 0 else f"behind image {behind}"
     return [
         f"{place} held checkpoints that are not of the past of this training ({len(later)}), which starts {where}: "
@@ -278,16 +270,27 @@ def _set_results_aside(folder: ModelFolder) -> list[str]:
     found = [path for name in RESULTS for path in folder.path.glob(name)]
     if not found:
         return []
+    target = _moved_aside(found, folder.path / "before")
+    return [f"{folder.path} held the model of an earlier training: what it saved is in {target} now."]
+
+
+def _moved_aside(entries: Sequence[Path], prefix: Path) -> Path:
+    """The new folder, `prefix` with the first number that is free, that files or folders were moved to.
+
+    Raises: InputError when they cannot be moved.
+    """
     number = 1
-    while (target := folder.path / f"before-{number}").exists():
+    while (target := prefix.with_name(f"{prefix.name}-{number}")).exists():
         number += 1
     try:
         target.mkdir()
-        for path in found:
-            path.rename(target / path.name)
+        for entry in entries:
+            entry.rename(target / entry.name)
     except OSError as error:
-        raise InputError(f"{folder.path} holds results of another training that cannot be moved: {error}") from error
-    return [f"{folder.path} held the model of an earlier training: what it saved is in {target} now."]
+        raise InputError(
+            f"{prefix.parent} holds files of another training that cannot be moved to {target}: {error}"
+        ) from error
+    return target
 
 
 def check_size(checkpoint: Checkpoint, config: TrainConfig, communicator: Communicator) -> None:
