@@ -90,3 +90,23 @@ def test_a_ply_is_no_checkpoint(generated_scene: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="give it to --start_pointcloud"):
         start = ["--start_checkpoint", str(tmp_path / "a.ply")]
         train.main(["-s", str(generated_scene), "-m", str(tmp_path / "m"), *start])
+
+
+def test_little_space_and_the_saved_count_are_said(
+    generated_scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is split behind the last save is not what was saved."""
+    monkeypatch.setattr("launch.start.LITTLE_SPACE", 1 << 62)
+    flags = ["-s", str(generated_scene), "-m", str(tmp_path / "m"), "--quiet", "--no_report", "--iterations", "20"]
+    flags += ["--densify_from_iter", "15", "--densification_interval", "20", "--densify_grad_threshold", "1e-9"]
+    assert train.main([*flags, "--test_iterations", "-1"]) == 0
+    log = (tmp_path / "m" / "train.log").read_text()
+    count = len(load_ply(tmp_path / "m" / "point_cloud" / "iteration_20" / "point_cloud.ply")["means"])
+    assert "MB are free where" in log
+    assert count == 60 and "trained 20 images in" in log and " s, 60 Gaussians" in log
+    assert '"cloned":' in (tmp_path / "m" / "metrics.jsonl").read_text()
+
+
+def test_dropping_every_point_is_refused(generated_scene: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--drop_initial_3dgs_p 1 leaves none of the 60 first Gaussians"):
+        train.main(["-s", str(generated_scene), "-m", str(tmp_path / "m"), "--drop_initial_3dgs_p", "1"])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -162,6 +164,16 @@ def test_metrics_log_starts_anew_or_appends_after_a_cut_line(tmp_path: Path) -> 
         log.write("run")
     with pytest.raises(InputError, match="cannot be written"):
         MetricsLog(tmp_path)
+
+
+def test_a_full_disk_names_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with MetricsLog(tmp_path / "metrics.jsonl") as log, monkeypatch.context() as patch:
+        patch.setattr(log, "_file", SimpleNamespace(name="metrics.jsonl", write=full))
+        with pytest.raises(InputError, match=r"metrics.jsonl cannot be written any more: No space left on device"):
+            log.write("step", loss=1.0)
 
 
 def test_progress_shows_what_users_ask_for() -> None:
